@@ -16,6 +16,11 @@ from dash_runtime.errors import ConfigError, InvalidRequest
 MAX_LOGPROBS = 20
 MOST_BURST_MILLISECONDS = 20
 """A reader sees no stutter of so much."""
+BUDGET_SLACK = 0.05
+"""A budget this little below the lowest is raised to it. Costs are corrected while serving, so the lowest budget that a
+caller has read may have risen since."""
+_LEAST_TEMPERATURE, _LEAST_PENALTY = 1e-5, 1 / 128
+"""A logit over a smaller one may be no number. 1 / 128 is the power of two below 0.01, as single precision has it."""
 
 
 class Mode(StrEnum):
@@ -46,11 +51,6 @@ def _require_range(field_name: str, value: float, low: float, high: float, *, lo
         raise InvalidRequest(field_name, f"must be in {bracket}{low:g}, {high:g}], got {value:g}")
 
 
-BUDGET_SLACK = 0.05
-"""A budget this little below the lowest is raised to it. Costs are corrected while serving, so the lowest budget that a
-caller has read may have risen since."""
-
-
 @dataclass(frozen=True, slots=True)
 class SamplingParameters:
     """Parameters of drawing a token from the logits. The defaults are greedy.
@@ -71,11 +71,13 @@ class SamplingParameters:
 
     def __post_init__(self) -> None:
         _require_range("sampling.temperature", self.temperature, 0, 100)
+        if self.temperature < _LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         if self.top_k < 0:
             raise InvalidRequest("sampling.top_k", f"must be 0 (all) or more, got {self.top_k}")
         _require_range("sampling.top_p", self.top_p, 0, 1, low_open=True)
         _require_range("sampling.min_p", self.min_p, 0, 1)
-        _require_range("sampling.repetition_penalty", self.repetition_penalty, 0, 100, low_open=True)
+        _require_range("sampling.repetition_penalty", self.repetition_penalty, _LEAST_PENALTY, 100)
         _require_range("sampling.presence_penalty", self.presence_penalty, -100, 100)
         _require_range("sampling.frequency_penalty", self.frequency_penalty, -100, 100)
         for token_id, bias in self.logit_bias.items():
@@ -198,10 +200,8 @@ class ModelFacts:
             InvalidRequest: a field does not fit the model; it is named.
         """
         self._validate_length(len(request.prompt_token_ids), request.stopping.max_new_tokens)
-        for name, ordered in (
-            ("token_ids", request.prompt_token_ids),
-            ("continuation", request.scored_token_ids or ()),
-        ):
+        in_order = {"token_ids": request.prompt_token_ids, "continuation": request.scored_token_ids or ()}
+        for name, ordered in in_order.items():
             for position, token_id in enumerate(ordered):
                 if not 0 <= token_id < self.vocab_size:
                     raise InvalidRequest(

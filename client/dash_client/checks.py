@@ -45,7 +45,7 @@ _RANGES = {
     "top_k": _Range(0, _MAX_INT32, is_integer=True),
     "top_p": _Range(0, 1, is_low_open=True),
     "min_p": _Range(0, 1),
-    "repetition_penalty": _Range(0, 100, is_low_open=True),
+    "repetition_penalty": _Range(0.01, 100),
     "presence_penalty": _Range(-100, 100),
     "frequency_penalty": _Range(-100, 100),
     "logit_bias": _Range(-100, 100),

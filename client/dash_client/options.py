@@ -31,7 +31,7 @@ class GenerationOptions(TypedDict, total=False):
     min_p: float | None
     """Keep tokens with at least this share of the highest probability, in [0, 1]."""
     repetition_penalty: float | None
-    """Divides positive and multiplies negative logits of tokens seen so far, in (0, 100]."""
+    """Divides positive and multiplies negative logits of tokens seen so far, in [0.01, 100]."""
     presence_penalty: float | None
     """Subtracted from the logits of tokens already in the output, in [-100, 100]."""
     frequency_penalty: float | None

@@ -32,6 +32,7 @@ from dash_runtime.errors import ConfigError, InvalidRequest
         ("min_p", -0.1),
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-38),
         ("repetition_penalty", math.nan),
         ("presence_penalty", 101.0),
         ("frequency_penalty", -math.inf),
@@ -41,6 +42,11 @@ def test_sampling_out_of_range_is_refused_by_field(name: str, value: Any) -> Non
     with pytest.raises(InvalidRequest) as refusal:
         SamplingParameters(**{name: value})
     assert refusal.value.field == f"sampling.{name}"
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 3e-39, 9e-6])
+def test_a_temperature_that_would_divide_by_nothing_is_zero(temperature: float) -> None:
+    assert SamplingParameters(temperature=temperature) == SamplingParameters()
 
 
 def test_a_logit_bias_is_refused_with_its_token() -> None:
