@@ -45,12 +45,12 @@ RUN useradd --uid 10001 --user-group --home-dir /nonexistent --shell /usr/sbin/n
 COPY --from=build /opt/venv /opt/venv
 COPY deploy/image/dash-serve /usr/local/bin/
 
-# Inside a container every address is its own: publish the port to this machine only, or set DASH_TLS_… (docs/reliability.md).
+# Inside a container every address is its own. It starts only with a certificate (DASH_TLS_…, docs/reliability.md), or with
+# DASH_ALLOW_PLAINTEXT=true, for a port that is published to this machine only.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     DASH_HOST=0.0.0.0 \
-    DASH_ALLOW_PLAINTEXT=true \
     DASH_PORT=50051 \
     DASH_CACHE_FOLDER=/var/cache/dash \
     HF_HOME=/var/cache/dash/huggingface

@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -116,10 +117,24 @@ def load_native_code(folder: Path, progress: Progress, level: Level | None = Non
 def _kept_or_compiled(folder: Path, progress: Progress, level: Level) -> NativeLibrary:
     path = library_path(folder, level)
     with contextlib.suppress(OSError, ValueError, AttributeError, zipfile.BadZipFile):
-        return NativeLibrary(path)
+        if not others_may_write(path):
+            return NativeLibrary(path)
+        progress(f"native code that is kept is not used: others may write to {path}")
     progress("compiling native code (kept for later starts)")
     _compile(path, level)
     return NativeLibrary(path)
+
+
+def others_may_write(path: Path) -> bool:
+    """True if somebody but this user and root could have written a file whose code is to run.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    status, folder = path.stat(), path.parent.stat()
+    mine = (os.geteuid(), 0) if hasattr(os, "geteuid") else (status.st_uid, folder.st_uid)
+    is_open = folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX
+    return status.st_uid not in mine or bool(status.st_mode & stat.S_IWOTH) or bool(is_open)
 
 
 def library_path(folder: Path, level: Level) -> Path:

@@ -20,7 +20,13 @@ from dash_runtime.checkpoints import load_model_config
 from dash_runtime.decoder.backends.native import why_eager
 from dash_runtime.model_config import BlockConfig, MixtureConfig, NormPlacement, QkNorm, RopeConfig, RopeKind
 from dash_runtime.native.levels import LEVELS, Level, best_level
-from dash_runtime.native.library import NativeLibrary, code_digest, compile_ahead, load_native_code
+from dash_runtime.native.library import (
+    NativeLibrary,
+    code_digest,
+    compile_ahead,
+    load_native_code,
+    others_may_write,
+)
 
 SOURCES = Path(dash_runtime.__file__).parent / "native"
 FAILING = "#!/bin/sh\necho 'native.cpp:1:2: error: no such header\ncompilation terminated.' >&2\nexit 1\n"
@@ -72,6 +78,26 @@ def quick_compiler(kept: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory
     (folder / "g++").write_text(f"#!/bin/sh\n{script.format(library)}\n")
     (folder / "g++").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(("folder_mode", "file_mode", "is_open"), [
+    (0o755, 0o644, False), (0o1777, 0o644, False), (0o777, 0o644, True), (0o755, 0o646, True),
+])  # fmt: skip
+def test_code_that_others_may_write_is_known(tmp_path: Path, folder_mode: int, file_mode: int, is_open: bool) -> None:
+    path = tmp_path / "folder" / "code.zip"
+    path.parent.mkdir()
+    path.write_bytes(b"code")
+    path.chmod(file_mode)
+    path.parent.chmod(folder_mode)
+    assert others_may_write(path) == is_open
+
+
+def test_code_that_others_may_have_written_is_not_run(kept: Path, tmp_path: Path, no_compiler: None) -> None:
+    folder = Path(shutil.copytree(kept, tmp_path / "open"))
+    folder.chmod(0o777)
+    library, said = load(folder)
+    assert library is None
+    assert "others may write to" in said[0]
 
 
 def test_nothing_but_the_package_is_left_behind_by_compiling(kept: Path) -> None:
