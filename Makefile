@@ -21,7 +21,7 @@ env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(1) -m pytest -m "not alone" -
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-levels test-lowest test-stack release-test soak bench peers jaeger lint protos reference clean
+.PHONY: help demo serve test test-levels test-lowest test-stack release-test soak abuse bench peers jaeger lint protos reference clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -61,6 +61,9 @@ test-stack: $(INSTALLED)  ## Build the image, run the whole stack in containers,
 
 soak: $(VENV)/.ray  ## Prove the service under load and faults; takes three quarters of an hour
 	$(BIN)/python -m benchmarks.soak
+
+abuse: $(INSTALLED)  ## Attack the server in fourteen ways, beside a caller who must not feel it; takes six minutes
+	$(BIN)/python -m benchmarks.abuse
 
 $(VENV)/.ray: $(INSTALLED)
 	$(BIN)/python -m pip install -e ".[ray]"

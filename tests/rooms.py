@@ -49,7 +49,7 @@ ROOMS = {
         dispatcher
         admission from_pb listening
         settings_table load_settings
-        settings setting_types auth served_model fair_queue pace scaling
+        settings setting_types auth served_model fair_queue pace scaling receiving
         worker/__main__
         worker/engine_loop
         worker/link
@@ -58,8 +58,8 @@ ROOMS = {
         worker/process worker/flush worker/outbox worker/ray_messages
         worker/connection worker/server_socket
         worker/
-        tools
-        text wire statuses watched_files logs handlers
+        tools turns grammar_check
+        text wire statuses watched_files logs handlers loop_watch
     """,
     "dash_runtime": """
         commands/

@@ -34,7 +34,7 @@ class Place:
         self._release: Callable[[Place], None] | None = release
 
     def release(self) -> None:
-        """Gives the place back."""
+        """Gives the place back, also while its caller has yet to read the answer."""
         release, self._release = self._release, None
         if release is not None:
             release(self)
@@ -62,6 +62,8 @@ class Admission:
         self._retry_seconds = retry_seconds
         self._requests: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
+        self._calls: Counter[str] = Counter()
+        """Those inside, and those whose answers are not read yet."""
         self.num_inside = 0
         self.num_tokens_inside = 0
         self._draining = asyncio.Event()
@@ -79,23 +81,32 @@ class Admission:
         Raises:
             ShuttingDown: `drain` was called.
             QueueFull: all places are taken.
-            CallerLimitReached: this caller has as many requests inside as it may.
+            CallerLimitReached: this caller has as many requests inside as it may, or as many answers unread.
         """
         if self.is_draining:
             raise ShuttingDown
         limit = caller.limits.max_requests
         if limit is not None and self._requests[caller.name] >= limit:
             raise CallerLimitReached(f"{limit} requests at once", self._retry_seconds())
+        num_unread = self._calls[caller.name] - self._requests[caller.name]
+        if num_unread >= self._max_requests:
+            raise CallerLimitReached(f"{self._max_requests} answers that it has not read", self._retry_seconds())
         if self.num_inside >= self._max_requests and not self._can_displace(caller, self._requests[caller.name]):
             raise self._full()
         place = Place(caller, self._leave)
         self._requests[caller.name] += 1
+        self._calls[caller.name] += 1
         self.num_inside += 1
         self._idle.clear()
         try:
             yield place
         finally:
             place.release()
+            self._calls[caller.name] -= 1
+            if not self._calls[caller.name]:  # callers may be addresses, of which there is no end
+                del self._calls[caller.name]
+            if not self._calls:
+                self._idle.set()
 
     def claim(self, place: Place, num_tokens: int) -> None:
         """Counts the tokens of a valid request. May evict requests of other callers to make room.
@@ -128,7 +139,7 @@ class Admission:
         await self._draining.wait()
 
     async def wait_idle(self) -> None:
-        """Waits until no request is inside."""
+        """Waits until no request is inside, and all answers are read."""
         await self._idle.wait()
 
     def _can_displace(self, caller: Caller, num_others: int) -> bool:
@@ -143,9 +154,7 @@ class Admission:
         name = place.caller.name
         self._requests[name] -= 1
         self._tokens[name] -= place.num_tokens
-        if not self._requests[name]:  # callers may be addresses, of which there is no end
+        if not self._requests[name]:
             del self._requests[name], self._tokens[name]
         self.num_inside -= 1
         self.num_tokens_inside -= place.num_tokens
-        if self.num_inside == 0:
-            self._idle.set()

@@ -15,6 +15,7 @@ log or representation.
 
 import hashlib
 import hmac
+import ipaddress
 import logging
 import time
 import tomllib
@@ -22,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
@@ -147,6 +149,37 @@ def _entry(path: Path, name: str, table: object) -> _Entry:
         raise TokenFileError(f"{path}: {name}{place}: {details['msg'].removeprefix('Value error, ')}") from None
 
 
+def _name_in(certificate: Mapping[str, Sequence[bytes]]) -> str | None:
+    """Returns the name of a certificate's owner: its URI, as SPIFFE has it, or its common name, if that is its whole
+    subject, or its subject, or the digest of a certificate without all these; None: there is no certificate."""
+
+    def texts(fact: str) -> list[str]:
+        return [value.decode(errors="replace") for value in certificate.get(fact, ())]
+
+    if uris := [name for name in texts("x509_subject_alternative_name") if "://" in name]:
+        return f"certificate-uri:{uris[0]}"
+    names, subjects = texts("x509_common_name"), texts("x509_subject")
+    if names and (not subjects or subjects[0] == f"CN={names[0]}"):
+        return f"certificate:{names[0]}"
+    if subjects and subjects[0]:
+        return f"certificate-subject:{subjects[0]}"
+    if own := certificate.get("x509_pem_cert"):
+        return f"certificate-sha256:{hashlib.sha256(own[0]).hexdigest()}"
+    return None
+
+
+def address_of(peer: str) -> str:
+    """Returns the address in a gRPC peer, `ipv4:1.2.3.4:5`; of IPv6 the first 64 bits, of which a caller has all."""
+    kind, _, rest = peer.partition(":")
+    host = unquote(rest).rpartition(":")[0].strip("[]")
+    if kind != "ipv6":
+        return f"{kind}:{host}" if host else peer
+    try:
+        return f"ipv6:{ipaddress.ip_network((host.partition('%')[0], 64), strict=False)}"
+    except ValueError:
+        return peer
+
+
 class Authenticator:
     """Identifies the caller of each call."""
 
@@ -170,9 +203,9 @@ class Authenticator:
         self,
         metadata: Sequence[tuple[str, str | bytes]],
         peer: str,
-        common_names: Sequence[bytes] = (),
+        certificate: Mapping[str, Sequence[bytes]] | None = None,
     ) -> Caller:
-        """Returns the caller with this metadata, this gRPC peer address and these common names in its certificate.
+        """Returns the caller with this metadata, this gRPC peer address, and gRPC's facts of its certificate.
 
         Raises:
             Unauthenticated: a token is required, and there is none or an unknown one.
@@ -180,10 +213,9 @@ class Authenticator:
         self._reload_if_changed()
         if self._table is not None:
             return self._by_token(metadata)
-        if common_names:
-            name = common_names[0].decode(errors="replace")
-            return Caller(f"certificate:{name}", self._limits, f"certificate:{name}")
-        return Caller(peer.rpartition(":")[0] or peer, self._limits)
+        if (name := _name_in(certificate or {})) is not None:
+            return Caller(name, self._limits, name)
+        return Caller(address_of(peer), self._limits)
 
     def _by_token(self, metadata: Sequence[tuple[str, str | bytes]]) -> Caller:
         assert self._table is not None

@@ -55,6 +55,8 @@ class Dispatcher:
         self._queue: PriorityQueue[_Waiting] = PriorityQueue()
         self._waiting: dict[str, _Waiting] = {}
         self._running: dict[str, WorkerLink] = {}
+        self._places: dict[str, Place] = {}
+        """Of the running ones."""
         self._background: dict[str, int] = {}
         """KV cache tokens of the work for idle times, by request id."""
         self.before_submit: list[Callable[[], None]] = []
@@ -166,6 +168,7 @@ class Dispatcher:
             waiting.outbox.queue_seconds = self._clock() - waiting.since
             link = min(able, key=lambda link: link.num_reserved_tokens)
             self._running[request.request_id] = link
+            self._places[request.request_id] = waiting.place
             link.submit(request, waiting.outbox)
 
     def _suited(self, request: GenerationRequest) -> Sequence[WorkerLink]:
@@ -181,6 +184,7 @@ class Dispatcher:
             self._queue.remove(waiting, waiting.priority, waiting.place.caller.name)
             return True
         link = self._running.pop(request_id, None)
+        self._places.pop(request_id, None)
         if link is None:
             return False
         link.cancel(request_id)
@@ -219,6 +223,8 @@ class Dispatcher:
     def on_over(self, request: GenerationRequest, finished: SequenceFinished | None) -> None:
         """Takes a link's report that a request left its worker; `finished` is None if it did not finish by itself."""
         self._running.pop(request.request_id, None)
+        if (place := self._places.pop(request.request_id, None)) is not None:
+            place.release()  # a caller that does not read keeps nobody else out
         was_background = self._background.pop(request.request_id, None) is not None
         if finished is not None and not was_background:
             self._pace.observe(

@@ -22,12 +22,12 @@ from dash_runtime.config import (
 )
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.errors import InvalidRequest
-from dash_runtime.grammar import check_grammar
 from dash_server.auth import Caller
 from dash_server.fair_queue import Priority
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import InvalidFields, below, below_field
+from dash_server.tools import CheckGrammar
 from dash_server.worker.outbox import Delivery
 
 MODES = {
@@ -98,6 +98,7 @@ def prepare_request(
     settings: Settings,
     caller: Caller,
     is_streamed: bool,
+    check_grammar: CheckGrammar,
 ) -> PreparedRequest:
     """Returns the worker's request, with every default filled in.
 
@@ -121,11 +122,11 @@ def prepare_request(
     with violations.collected():
         skip = _skip(parameters.skip, settings)
     with violations.collected():
-        constraint = _constraint(parameters, settings)
+        constraint = _constraint(parameters, settings, check_grammar)
     with violations.collected():
         prompt_token_ids = model.tokenize(parameters)
         _check_prompt(prompt_token_ids, settings)
-        tool_constraint = _tool_constraint(parameters, model, settings)
+        tool_constraint = _tool_constraint(parameters, model, settings, check_grammar)
     violations.raise_if_any()
 
     facts = model.facts
@@ -157,9 +158,8 @@ def prepare_request(
 
 
 def _delivery(parameters: generation_pb2.GenerationParameters, is_streamed: bool) -> Delivery:
-    # A stop string is found in the text, and nothing may delay the end.
     if parameters.stopping.stop_strings or (is_streamed and parameters.output.immediate):
-        return Delivery.AT_ONCE
+        return Delivery.AT_ONCE  # a stop string is found in the text, and nothing may delay the end
     return Delivery.SHARED if is_streamed else Delivery.WHOLE
 
 
@@ -226,8 +226,7 @@ def prepare_score(
 def _check_prompt(token_ids: list[int], settings: Settings) -> None:
     if not token_ids:
         raise InvalidRequest("prompt", "must not be empty")
-    limit = settings.max_prompt_tokens
-    if limit is not None and len(token_ids) > limit:
+    if (limit := settings.max_prompt_tokens) is not None and len(token_ids) > limit:
         raise InvalidRequest("prompt", f"has {len(token_ids)} tokens, and {limit} are accepted")
 
 
@@ -296,7 +295,9 @@ def _stopping(
     )
 
 
-def _constraint(parameters: generation_pb2.GenerationParameters, settings: Settings) -> Constraint | None:
+def _constraint(
+    parameters: generation_pb2.GenerationParameters, settings: Settings, check_grammar: CheckGrammar
+) -> Constraint | None:
     if not parameters.HasField("constraint"):
         return None
     name = parameters.constraint.WhichOneof("kind")
@@ -315,11 +316,13 @@ def _constraint(parameters: generation_pb2.GenerationParameters, settings: Setti
 
 
 def _tool_constraint(
-    parameters: generation_pb2.GenerationParameters, model: ServedModel, settings: Settings
+    parameters: generation_pb2.GenerationParameters,
+    model: ServedModel,
+    settings: Settings,
+    check_grammar: CheckGrammar,
 ) -> Constraint | None:
     """Returns the constraint that keeps calls of tools to their schemas; None: there are no tools."""
-    tools = model.tools(parameters.chat)
-    if tools is None:
+    if (tools := model.tools(parameters.chat)) is None:
         return None
     if parameters.HasField("constraint"):
         raise InvalidRequest("constraint", "cannot stand beside tools, which constrain the output themselves")
@@ -327,7 +330,7 @@ def _tool_constraint(
     if num_bytes > settings.max_constraint_bytes:
         limit = settings.max_constraint_bytes
         raise InvalidRequest("chat.tools", f"must have schemas of at most {limit} bytes together, got {num_bytes}")
-    return tools.constraint(model.tokenizer)
+    return tools.constraint(model.tokenizer, check_grammar)
 
 
 def _skip(skip: generation_pb2.SkipOptions, settings: Settings) -> SkipOptions:
@@ -337,10 +340,8 @@ def _skip(skip: generation_pb2.SkipOptions, settings: Settings) -> SkipOptions:
             raise InvalidRequest("skip.mode", f"{skip.mode} is not a Mode")
         mode = MODES[skip.mode]
     fixed_action = None
-    if skip.HasField("fixed_action"):
-        fixed_action = _ACTIONS.get(skip.fixed_action)
-        if fixed_action is None:
-            raise InvalidRequest("skip.fixed_action", f"{skip.fixed_action} is not an Action that can run")
+    if skip.HasField("fixed_action") and (fixed_action := _ACTIONS.get(skip.fixed_action)) is None:
+        raise InvalidRequest("skip.fixed_action", f"{skip.fixed_action} is not an Action that can run")
     policy_name = skip.policy_name if skip.HasField("policy_name") else None
     # The worker knows the default budget: it follows the present costs.
     compute_budget = skip.compute_budget if skip.HasField("compute_budget") else None

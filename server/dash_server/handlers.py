@@ -6,19 +6,20 @@ from collections.abc import Callable
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
-HANDLER_MAKERS = {
-    (False, False): grpc.unary_unary_rpc_method_handler,
-    (False, True): grpc.unary_stream_rpc_method_handler,
-    (True, False): grpc.stream_unary_rpc_method_handler,
-    (True, True): grpc.stream_stream_rpc_method_handler,
-}
-"""Makers of a method's handler, by whether its requests and its responses are streams."""
+
+def stream_handler(
+    behaviour: Callable, response_streaming: bool, response_serializer: Callable | None = None
+) -> grpc.RpcMethodHandler:
+    """Returns the handler of a method that receives its requests by itself, also where there is only one: gRPC would
+    have read that before it calls anything of ours."""
+    make = grpc.stream_stream_rpc_method_handler if response_streaming else grpc.stream_unary_rpc_method_handler
+    return make(behaviour, response_serializer=response_serializer)
 
 
 def rpc_handlers(
     service: ServiceDescriptor, servicer: object, *, is_whole: bool = True
 ) -> dict[str, grpc.RpcMethodHandler]:
-    """Returns the handler of each method of `service`, without deserialisers: see `wire`.
+    """Returns the handler of each method of `service`, without deserialisers: see `wire` and `receiving`.
 
     Args:
         is_whole: whether the servicer has to have all methods.
@@ -38,8 +39,10 @@ def rpc_handlers(
 
 
 def _rpc_handler(method: MethodDescriptor, handler: Callable) -> grpc.RpcMethodHandler:
-    make = HANDLER_MAKERS[method.client_streaming, method.server_streaming]
-    return make(handler, response_serializer=lambda response: response.SerializeToString())
+    async def behaviour(_: object, context: grpc.aio.ServicerContext) -> object:
+        return await handler(context)
+
+    return stream_handler(behaviour, method.server_streaming, lambda response: response.SerializeToString())
 
 
 def _snake_case(name: str) -> str:

@@ -5,11 +5,17 @@ watchers outlive a shutdown. Knows no model and no worker.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from dash_server.auth import address_of
+from dash_server.statuses import CallerLimitReached
+
+_MOST_WATCHES = 256
+"""Of one address. They need no token."""
 _Status = health_pb2.HealthCheckResponse
 ALIVE = "alive"
 """SERVING whenever there is an answer: who asks for it restarts a server that does not answer. A draining one takes no
@@ -26,6 +32,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._is_serving = False
         self._is_closed = False
         self._changed = asyncio.Event()
+        self._watches: Counter[str] = Counter()
 
     def set_serving(self, is_serving: bool) -> None:
         self._is_serving = is_serving
@@ -57,10 +64,22 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> None:
+        address = address_of(context.peer())
+        if self._watches[address] >= _MOST_WATCHES:
+            raise CallerLimitReached(f"{_MOST_WATCHES} watches of health at once", 1.0)
+        self._watches[address] += 1
+        try:
+            await self._tell(request.service, context)
+        finally:
+            self._watches[address] -= 1
+            if not self._watches[address]:
+                del self._watches[address]
+
+    async def _tell(self, service: str, context: grpc.aio.ServicerContext) -> None:
         last = None
         while True:
             changed = self._changed
-            status = self._status(request.service)
+            status = self._status(service)
             if status != last:
                 await context.write(_Status(status=status))
                 last = status

@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import resource
 import socket
 import ssl
 from pathlib import Path
@@ -17,6 +18,11 @@ from dash_server.settings import Settings
 from dash_server.watched_files import WatchedFiles
 
 logger = logging.getLogger(__name__)
+
+_UNREAD_BYTES = 16 * 1024
+_MOST_FILES = 65_536
+_OWN_FILES = 256
+"""Files that the server has open besides connections, and some to spare."""
 
 
 class ListenError(Exception):
@@ -34,6 +40,13 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", settings.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
         ("grpc.max_concurrent_streams", settings.max_calls_per_connection),
+        ("grpc.max_allowed_incoming_connections", min(settings.max_connections, most_connections())),
+        ("grpc.max_connection_idle_ms", int(settings.max_connection_idle_seconds * 1000)),
+        # By default a caller may take two minutes for TLS and the first frames.
+        ("grpc.server_handshake_timeout_ms", 10_000),
+        # What a call may send before anybody reads it. gRPC would let this grow with the connection's speed.
+        ("grpc.http2.lookahead_bytes", _UNREAD_BYTES),
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.enable_channelz", int(settings.channelz)),
         # Lets clients ping every 10 s, also without calls, to keep a connection alive through a long wait.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -44,6 +57,22 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.max_pings_without_data", 0),
     ]
+
+
+def raise_file_limit() -> None:
+    """Lets this process have as many files open as it may, up to a limit that nobody needs to exceed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def most_connections() -> int:
+    """Returns the number of connections for which this process has file descriptors."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = _MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    return max(1, files - min(_OWN_FILES, files // 2))
 
 
 def listen(server: grpc.aio.Server, settings: Settings) -> int:

@@ -6,6 +6,9 @@ Records never carry prompts, outputs or anything else that a caller sent. Knows 
 import json
 import logging
 import os
+import time
+from collections import Counter
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
@@ -26,6 +29,34 @@ class _IdsOfTask(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.request_id = request_id_of_task.get()
         record.trace_id = trace_id_of_task.get()
+        return True
+
+
+class FewOfAKind(logging.Filter):
+    """Lets a line come so many times a second, warnings aside: each call that is refused writes one. The next that
+    comes says how many were left out."""
+
+    def __init__(self, most: int = 100, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._most = most
+        self._clock = clock
+        self._second = -1
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._left_out: Counter[tuple[str, str]] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            return True
+        kind, second = (record.name, str(record.msg)), int(self._clock())
+        if second != self._second:
+            self._second = second
+            self._counts.clear()
+        self._counts[kind] += 1
+        if self._counts[kind] > self._most:
+            self._left_out[kind] += 1
+            return False
+        if left_out := self._left_out.pop(kind, 0):
+            record.msg, record.args = f"{record.getMessage()} (and {left_out} lines like it before)", ()
         return True
 
 
@@ -83,5 +114,6 @@ def _configure(level: str, log_format: str, console_line: str) -> None:
     handler = logging.StreamHandler()
     handler.addFilter(_IdsOfTask())
     handler.addFilter(_LibraryLines())
+    handler.addFilter(FewOfAKind())
     handler.setFormatter(_JsonFormatter() if log_format == JSON else _ConsoleFormatter(console_line))
     logging.basicConfig(level=level, handlers=[handler], force=True)

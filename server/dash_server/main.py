@@ -11,12 +11,14 @@ import signal
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from functools import partial
 
 from dash_runtime.errors import DashRuntimeError
 from dash_server.auth import TokenFileError
-from dash_server.listening import ListenError
+from dash_server.listening import ListenError, raise_file_limit
 from dash_server.load_settings import SettingsError, load_settings, unknown_variables
 from dash_server.logs import configure_logging
+from dash_server.loop_watch import watch_loop
 from dash_server.server import DashServer
 from dash_server.settings import Settings
 from dash_server.worker.process import LocalStarter
@@ -60,10 +62,12 @@ def main(worker_command: Sequence[str] = WORKER_COMMAND) -> int:
 
 async def _run(settings: Settings, worker_command: Sequence[str], *, only_prepares: bool) -> int:
     try:
+        raise_file_limit()
         server = DashServer(settings, _starter(settings, worker_command))
         stop = _stop_requested(server)
         if not only_prepares:
             await server.start()
+            watch_loop(asyncio.get_running_loop(), partial(_give_up, server))
     except (ListenError, TokenFileError) as error:
         return _complain(str(error))
     worker = asyncio.create_task(server.prepare() if only_prepares else server.run_workers())
@@ -118,6 +122,12 @@ def _stop_requested(server: DashServer) -> asyncio.Task[bool]:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     return asyncio.create_task(requested.wait())
+
+
+def _give_up(server: DashServer) -> None:
+    """Ends the process at once, from any thread."""
+    server.kill_workers()
+    os._exit(_EXIT_FAILURE)
 
 
 def _complain(*lines: str, code: int = _EXIT_USER_ERROR) -> int:

@@ -10,18 +10,20 @@ from dash_server.request_record import RequestRecord
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import below
+from dash_server.tools import CheckGrammar
 
 Request = generation_pb2.GenerateRequest | generation_pb2.StreamGenerateRequest | generation_pb2.ScoreRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The record, model, settings and caller with which a request is read."""
+    """The record, model, settings and caller with which a request is read, and what checks its grammar."""
 
     record: RequestRecord
     model: ServedModel
     settings: Settings
     caller: Caller
+    check_grammar: CheckGrammar
 
     @property
     def common(self) -> dict[str, Any]:
@@ -32,6 +34,11 @@ class Reading:
             "settings": self.settings,
             "caller": self.caller,
         }
+
+
+def takes_long(message: Request) -> bool:
+    """True if a request takes long to read however short it is: a grammar is checked in another process."""
+    return message.parameters.HasField("constraint") or bool(message.parameters.chat.tools)
 
 
 def prepare(message: Request, reading: Reading) -> PreparedRequest:
@@ -49,7 +56,9 @@ def prepare(message: Request, reading: Reading) -> PreparedRequest:
     else:
         with below("parameters"):
             is_streamed = isinstance(message, generation_pb2.StreamGenerateRequest)
-            prepared = prepare_request(parameters, **reading.common, is_streamed=is_streamed)
+            prepared = prepare_request(
+                parameters, **reading.common, is_streamed=is_streamed, check_grammar=reading.check_grammar
+            )
     if record.trace_id and reading.settings.trace_content:
         record.prompt, record.output = reading.model.prompt_messages(parameters), ""
     return prepared

@@ -111,6 +111,9 @@ class ServedModel:
             case "text":
                 return prompt.text
             case "chat":
+                # Each message takes a token at least.
+                if (number := len(prompt.chat.messages)) > (limit := self.facts.context_length):
+                    raise InvalidRequest("chat.messages", f"has {number} messages, and the context {limit} tokens")
                 tools = self.tools(prompt.chat)
                 shown = None if tools is None else template_tools(prompt.chat, tools)
                 return self.chat_template.render(template_messages(prompt.chat), shown)

@@ -23,6 +23,7 @@ from dash_server.admission import Admission
 from dash_server.auth import Authenticator, CallerLimits
 from dash_server.auth_interceptor import AuthInterceptor
 from dash_server.dispatcher import Dispatcher
+from dash_server.fair_queue import Priority
 from dash_server.health import HealthServicer
 from dash_server.listening import channel_options, listen, write_port_file
 from dash_server.pace import Pace
@@ -84,7 +85,8 @@ class DashServer:
             waiting_room=self.dispatcher,
             retry_seconds=self.dispatcher.retry_seconds,
         )
-        limits = CallerLimits(max_requests=settings.max_requests_per_caller)
+        highest = Priority[settings.highest_priority.upper()]
+        limits = CallerLimits(max_requests=settings.max_requests_per_caller, highest=highest)
         authenticator = Authenticator(settings.token_file, limits)
         self._pending_traces = PendingTraces(self._on_decision_trace, self._on_complete)
         events = LinkEvents(
@@ -107,7 +109,7 @@ class DashServer:
         self._state = ServiceState(settings, self.admission, self.dispatcher, authenticator)
         self._server = grpc.aio.server(
             options=channel_options(settings),
-            interceptors=[AuthInterceptor(authenticator, {_HEALTH_SERVICE, *own_services})],
+            interceptors=[AuthInterceptor(authenticator, self._state.receiver, set(own_services), {_HEALTH_SERVICE})],
         )
         self._auditing: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None

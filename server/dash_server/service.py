@@ -4,24 +4,20 @@ Knows neither the host process nor the worker's place, and no tensors.
 """
 
 import asyncio
-import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TypeVar
 
 import grpc
-from google.protobuf.message import Message
 
 from dash_api.v1 import generation_pb2, model_pb2
 from dash_runtime.errors import InvalidRequest
 from dash_server import wire
 from dash_server.admission import Admission
-from dash_server.from_pb import PreparedRequest
 from dash_server.generation import Generation, collect
 from dash_server.handlers import rpc_handlers
-from dash_server.reading import Reading, Request, prepare
+from dash_server.reading import Request, prepare, takes_long
 from dash_server.served_model import ServedModel
-from dash_server.service_state import ServiceState, errors_to_status, open_generations, together
+from dash_server.service_state import ServiceState, errors_to_status, is_long, open_generations, together
 from dash_server.session import Session
 from dash_server.statuses import below
 from dash_server.to_pb import (
@@ -39,48 +35,43 @@ _MODEL = model_pb2.DESCRIPTOR.services_by_name["ModelService"]
 GENERATION_SERVICE = _GENERATION.full_name
 MODEL_SERVICE = _MODEL.full_name
 
-M = TypeVar("M", bound=Message)
-
 
 class GenerationServicer:
-    """dash_api.v1.GenerationService. Its handlers take the request's bytes."""
+    """dash_api.v1.GenerationService. Its handlers receive the request's bytes."""
 
     def __init__(self, state: ServiceState) -> None:
         self._state = state
 
-    async def generate(self, data: bytes, context: grpc.aio.ServicerContext) -> generation_pb2.GenerateResponse:
-        async with self._generations(generation_pb2.GenerateRequest, data, context) as generations:
+    async def generate(self, context: grpc.aio.ServicerContext) -> generation_pb2.GenerateResponse:
+        async with self._generations(generation_pb2.GenerateRequest, context) as generations:
             first, *others = await together([collect(generation) for generation in generations])
             first.others.extend(others)
             return first
 
-    async def stream_generate(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
-        async with self._generations(generation_pb2.StreamGenerateRequest, data, context) as generations:
+    async def stream_generate(self, context: grpc.aio.ServicerContext) -> None:
+        async with self._generations(generation_pb2.StreamGenerateRequest, context) as generations:
             writing = asyncio.Lock()
             await together(
                 [_stream(generation, index, context, writing) for index, generation in enumerate(generations)]
             )
 
-    async def session(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+    async def session(self, context: grpc.aio.ServicerContext) -> None:
         async with errors_to_status(context):
-            await Session(self._state, context, f"{GENERATION_SERVICE}/Session").run(requests)
+            await Session(self._state, context, f"{GENERATION_SERVICE}/Session").run()
 
-    async def score(self, data: bytes, context: grpc.aio.ServicerContext) -> generation_pb2.ScoreResponse:
-        async with self._generations(generation_pb2.ScoreRequest, data, context) as (generation,):
+    async def score(self, context: grpc.aio.ServicerContext) -> generation_pb2.ScoreResponse:
+        async with self._generations(generation_pb2.ScoreRequest, context) as (generation,):
             return score_to_pb(await collect(generation), generation.num_top_logprobs)
 
     @asynccontextmanager
     async def _generations(
-        self, message_class: type[Request], data: bytes, context: grpc.aio.ServicerContext
+        self, message_class: type[Request], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[list[Generation]]:
-        method = f"{GENERATION_SERVICE}/{message_class.__name__.removesuffix('Request')}"
-
-        def read(reading: Reading) -> PreparedRequest:
-            return prepare(wire.parse(message_class, data), reading)
-
+        method, state = f"{GENERATION_SERVICE}/{message_class.__name__.removesuffix('Request')}", self._state
+        source = state.received(context, message_class, prepare, takes_long)
         async with (
             errors_to_status(context) as request_id,
-            open_generations(self._state, context, request_id, method, len(data), read) as generations,
+            open_generations(state, context, request_id, method, source) as generations,
         ):
             with below("parameters"):
                 yield generations
@@ -96,22 +87,20 @@ async def _stream(generation: Generation, index: int, context: grpc.aio.Servicer
 
 
 class ModelServicer:
-    """dash_api.v1.ModelService. Its handlers take the request's bytes."""
+    """dash_api.v1.ModelService. Its handlers receive the request's bytes."""
 
     def __init__(self, state: ServiceState) -> None:
         self._state = state
         self._tokenize_calls = Admission(state.settings.max_tokenize_calls)
 
-    async def get_model(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetModelResponse:
+    async def get_model(self, context: grpc.aio.ServicerContext) -> model_pb2.GetModelResponse:
         async with errors_to_status(context):
-            self._state.caller(context)
-            wire.parse(model_pb2.GetModelRequest, data)
+            await self._state.request(model_pb2.GetModelRequest, context)
             return model_to_pb(self._state.require_model().facts, self._state.settings)
 
-    async def get_policy(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetPolicyResponse:
+    async def get_policy(self, context: grpc.aio.ServicerContext) -> model_pb2.GetPolicyResponse:
         async with errors_to_status(context):
-            self._state.caller(context)
-            request = wire.parse(model_pb2.GetPolicyRequest, data)
+            request, _ = await self._state.request(model_pb2.GetPolicyRequest, context)
             facts = self._state.require_model().facts
             try:
                 policy = facts.policy(request.name if request.HasField("name") else None)
@@ -119,32 +108,30 @@ class ModelServicer:
                 raise InvalidRequest("name", error.description) from None
             return policy_to_pb(policy)
 
-    async def tokenize(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.TokenizeResponse:
+    async def tokenize(self, context: grpc.aio.ServicerContext) -> model_pb2.TokenizeResponse:
         async with errors_to_status(context):
             caller = self._state.caller(context)
             model = self._state.require_model()
+            data = await self._state.receiver.receive(context, caller.name)
             with self._tokenize_calls.admit(caller):
-                return await self._state.read(len(data), functools.partial(self._tokenize, data, model))
+                return await self._state.read(caller, is_long(len(data)), lambda: self._tokenize(data, model))
 
-    async def get_load(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetLoadResponse:
+    async def get_load(self, context: grpc.aio.ServicerContext) -> model_pb2.GetLoadResponse:
         async with errors_to_status(context):
-            self._state.caller(context)
-            wire.parse(model_pb2.GetLoadRequest, data)
+            await self._state.request(model_pb2.GetLoadRequest, context)
             state = self._state
             return load_to_pb(state.dispatcher.load(), state.admission, state.settings)
 
-    async def get_audit(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetAuditResponse:
+    async def get_audit(self, context: grpc.aio.ServicerContext) -> model_pb2.GetAuditResponse:
         async with errors_to_status(context):
-            caller = self._state.caller(context)
-            request = wire.parse(model_pb2.GetAuditRequest, data)
+            request, caller = await self._state.request(model_pb2.GetAuditRequest, context)
             if not request.request_id:
                 raise InvalidRequest("request_id", "is required")
             return audit_to_pb(await self._state.auditor.audit(request.request_id, caller.name))
 
-    async def get_decisions(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetDecisionsResponse:
+    async def get_decisions(self, context: grpc.aio.ServicerContext) -> model_pb2.GetDecisionsResponse:
         async with errors_to_status(context):
-            caller = self._state.caller(context)
-            request = wire.parse(model_pb2.GetDecisionsRequest, data)
+            request, caller = await self._state.request(model_pb2.GetDecisionsRequest, context)
             if not request.request_id:
                 raise InvalidRequest("request_id", "is required")
             return decisions_to_pb(self._state.recent_decisions.get(request.request_id, caller.name))

@@ -4,25 +4,30 @@ Knows no service's messages.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
+from dash_server import wire
 from dash_server.admission import Admission
 from dash_server.audit import Auditor
-from dash_server.auth import Authenticator, Caller
+from dash_server.auth import Authenticator, Caller, CallerLimits
 from dash_server.dispatcher import Dispatcher
 from dash_server.from_pb import PreparedRequest
 from dash_server.generation import Generation
+from dash_server.grammar_check import GrammarChecker
 from dash_server.logs import request_id_of_task, trace_id_of_task
 from dash_server.reading import Reading
+from dash_server.receiving import Receiver
 from dash_server.recent_decisions import RecentDecisions
 from dash_server.request_record import (
     Observer,
@@ -35,6 +40,7 @@ from dash_server.request_record import (
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import Failure, WorkerUnavailable, failure_of
+from dash_server.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +49,24 @@ _MAX_INLINE_BYTES = 4096
 _NUM_READER_THREADS = 2
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+Prepare = Callable[[Reading], PreparedRequest]
+Source = Callable[[str], Awaitable[tuple[bool, Prepare]]]
+"""Receives the request of a caller, by its name: whether it takes long to read, and what reads it."""
+
+
+def given(takes_long: bool, prepare: Prepare) -> Source:
+    """Returns the source of a request that is here already."""
+
+    async def receive(_: str) -> tuple[bool, Prepare]:
+        return takes_long, prepare
+
+    return receive
+
+
+def is_long(num_bytes: int) -> bool:
+    """True if so many bytes take too long to be read in the event loop."""
+    return num_bytes > _MAX_INLINE_BYTES
 
 
 class ServiceState:
@@ -62,26 +86,74 @@ class ServiceState:
         self.observers: list[Observer] = [self.auditor.keep]
         """Called with each generation call that is over."""
         self.model: ServedModel | None = None
+        self.sessions = Admission(settings.max_sessions)
+        self.session_limits = CallerLimits(max_requests=settings.max_sessions_per_caller)
+        self.receiver = Receiver(settings.max_unfinished_messages, settings.message_timeout_seconds)
         self._readers = ThreadPoolExecutor(_NUM_READER_THREADS, thread_name_prefix="request-reader")
+        self._turns = Turns(_NUM_READER_THREADS)
+        self.grammars = GrammarChecker(_NUM_READER_THREADS)
 
     def caller(self, call: RunningCall) -> Caller:
         """Returns the caller; raises Unauthenticated."""
-        names = (call.auth_context() or {}).get("x509_common_name", ())
-        return self.authenticator.identify(call.invocation_metadata() or (), call.peer(), names)
+        return self.authenticator.identify(call.invocation_metadata() or (), call.peer(), call.auth_context())
 
     def require_model(self) -> ServedModel:
         if self.model is None:
             raise WorkerUnavailable(f"the model is still being loaded{self.dispatcher.doing()}; try again later")
         return self.model
 
-    async def read(self, num_bytes: int, function: Callable[[], T]) -> T:
-        """Runs `function`, which reads a request of so many bytes: a long one in a thread, off the event loop."""
-        if num_bytes <= _MAX_INLINE_BYTES:
+    def received(
+        self,
+        context: grpc.aio.ServicerContext,
+        message_class: type[M],
+        prepare: Callable[[M, Reading], PreparedRequest],
+        takes_long: Callable[[M], bool],
+    ) -> Source:
+        """Returns the source of a request that is the message of a call; `takes_long` says so of one with few bytes."""
+
+        async def receive(name: str) -> tuple[bool, Prepare]:
+            data = await self.receiver.receive(context, name)
+            if is_long(len(data)):
+                return True, lambda reading: prepare(wire.parse(message_class, data), reading)
+            message = wire.parse(message_class, data)
+            return takes_long(message), functools.partial(prepare, message)
+
+        return receive
+
+    async def read(self, caller: Caller, takes_long: bool, function: Callable[[], T]) -> T:
+        """Runs `function`, which reads a request: if it takes long, in a thread, when it is this caller's turn.
+
+        Raises:
+            QueueFull: too many wait for their turn.
+        """
+        if not takes_long:
             return function()
-        return await asyncio.get_running_loop().run_in_executor(self._readers, function)
+        await self._turns.take(caller.name)
+        loop = asyncio.get_running_loop()
+        reading = self._readers.submit(function)
+
+        # Whoever waits may be cancelled, but the thread reads on.
+        def over(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop may be closed
+                loop.call_soon_threadsafe(self._turns.leave, caller.name)
+
+        reading.add_done_callback(over)
+        return await asyncio.wrap_future(reading)
+
+    async def request(self, message_class: type[M], context: grpc.aio.ServicerContext) -> tuple[M, Caller]:
+        """Receives the message of a call that asks for no generation; returns it and its caller.
+
+        Raises:
+            Unauthenticated: the caller is unknown.
+            MessageTooSlow, QueueFull, InvalidRequest: as `Receiver.receive` and `wire.parse` do.
+        """
+        caller = self.caller(context)
+        data = await self.receiver.receive(context, caller.name)
+        return await self.read(caller, is_long(len(data)), lambda: wire.parse(message_class, data)), caller
 
     def close(self) -> None:
         self._readers.shutdown(wait=False, cancel_futures=True)
+        self.grammars.close()
 
 
 @asynccontextmanager
@@ -90,8 +162,7 @@ async def open_generations(
     call: RunningCall,
     request_id: str,
     method: str,
-    num_bytes: int,
-    prepare: Callable[[Reading], PreparedRequest],
+    source: Source,
 ) -> AsyncIterator[list[Generation]]:
     """Opens a generation for each answer that a call asks for. Arguments as for `open_generation`.
 
@@ -99,14 +170,13 @@ async def open_generations(
     """
     async with AsyncExitStack() as stack:
 
-        async def opened(own_id: str, prepare: Callable[[Reading], PreparedRequest]) -> Generation:
-            opening = open_generation(state, call, own_id, method, num_bytes, prepare)
-            return await stack.enter_async_context(opening)
+        async def opened(own_id: str, source: Source) -> Generation:
+            return await stack.enter_async_context(open_generation(state, call, own_id, method, source))
 
-        first = await opened(request_id, prepare)
+        first = await opened(request_id, source)
         generations = [first]
         for index in range(1, first.num_answers):
-            again = functools.partial(_prepare_again, first.record, index)
+            again = given(False, functools.partial(_prepare_again, first.record, index))
             generations.append(await opened(f"{request_id}-{index}", again))
         yield generations
 
@@ -138,14 +208,13 @@ async def open_generation(
     call: RunningCall,
     request_id: str,
     method: str,
-    num_bytes: int,
-    prepare: Callable[[Reading], PreparedRequest],
+    source: Source,
 ) -> AsyncIterator[Generation]:
     """Takes a call through its caller's limits into the queue, and gives its slot back at the end.
 
     Args:
         method: the full name, for spans and metrics.
-        num_bytes: the request's size, which decides where `prepare` reads it.
+        source: what receives the request, once its caller is known.
     """
     record = record_of_call(request_id, method, call)
     for observer in state.start_observers:
@@ -156,9 +225,11 @@ async def open_generation(
         record.caller = caller = state.caller(call)
         model = state.require_model()
         record.model = model.facts.name
+        # A message on its way holds no place among the requests.
+        takes_long, prepare = await source(caller.name)
         with state.admission.admit(caller) as place:
-            reading = Reading(record, model, state.settings, caller)
-            record.prepared = prepared = await state.read(num_bytes, lambda: prepare(reading))
+            reading = Reading(record, model, state.settings, caller, state.grammars.check)
+            record.prepared = prepared = await state.read(caller, takes_long, functools.partial(prepare, reading))
             record.trail = state.auditor.trail(prepared.request)
             state.admission.claim(place, prepared.request.num_cache_tokens)
             seconds_left = call.time_remaining()
@@ -174,6 +245,8 @@ async def errors_to_status(context: grpc.aio.ServicerContext) -> AsyncIterator[s
     request_id_of_task.set(request_id)
     try:
         yield request_id
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None  # the caller is gone; gRPC would write a traceback
     except grpc.aio.BaseError:
         raise  # the call itself is over
     except Exception as error:

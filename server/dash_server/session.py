@@ -8,7 +8,8 @@ import functools
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,11 +19,19 @@ from google.protobuf.wrappers_pb2 import UInt64Value
 from dash_api.v1 import generation_pb2
 from dash_runtime.errors import InvalidRequest
 from dash_server import wire
+from dash_server.auth import Caller
 from dash_server.generation import MAX_TOKENS_PER_MESSAGE, Generation
 from dash_server.logs import request_id_of_task
-from dash_server.reading import prepare
+from dash_server.reading import prepare, takes_long
 from dash_server.request_record import CONTEXT_KEYS, at_end_of_call
-from dash_server.service_state import ServiceState, logged_failure, open_generations, together
+from dash_server.service_state import (
+    ServiceState,
+    given,
+    is_long,
+    logged_failure,
+    open_generations,
+    together,
+)
 from dash_server.statuses import SessionClosing, below
 from dash_server.to_pb import Event, write_event
 
@@ -42,15 +51,20 @@ class Session:
         self._is_old = False
         self._outgoing = _Outgoing()
 
-    async def run(self, requests: AsyncIterator[bytes]) -> None:
+    async def run(self) -> None:
         """Serves generations until the caller closes its side, or the server shuts down, and all are over.
 
         Raises:
             InvalidRequest: a message belongs to no generation that could be told so.
             Unauthenticated: the caller is unknown.
+            QueueFull, CallerLimitReached: there are too many sessions.
         """
-        self._state.caller(self._context)
-        reading, closing = asyncio.create_task(self._read(requests)), asyncio.create_task(self._close())
+        caller = self._state.caller(self._context)
+        with self._state.sessions.admit(replace(caller, limits=self._state.session_limits)):
+            await self._serve(caller)
+
+    async def _serve(self, caller: Caller) -> None:
+        reading, closing = asyncio.create_task(self._read(caller)), asyncio.create_task(self._close())
         for task in (reading, closing):
             task.add_done_callback(lambda _: self._outgoing.wake())
         with at_end_of_call(self._context, functools.partial(self._end, reading, closing)):
@@ -60,12 +74,11 @@ class Session:
                 if reading.done():
                     reading.result()
 
-    async def _read(self, requests: AsyncIterator[bytes]) -> None:
+    async def _read(self, caller: Caller) -> None:
         """Begins and cancels generations as the caller says."""
-        async for data in requests:
+        while (data := await self._context.read()) is not grpc.aio.EOF:
             await self._outgoing.have_room()
-            number = _number(data)
-            request = _readable(data)
+            number, request = await self._state.read(caller, is_long(len(data)), functools.partial(_numbered, data))
             if isinstance(request, generation_pb2.SessionRequest) and request.HasField("cancel"):
                 if (task := self._running.get(number)) is not None:
                     task.cancel()
@@ -120,7 +133,11 @@ class Session:
         self, number: int, request_id: str, call: "_CallOfSession", request: generation_pb2.StreamGenerateRequest
     ) -> None:
         opened = open_generations(
-            self._state, call, request_id, self._method, request.ByteSize(), functools.partial(prepare, request)
+            self._state,
+            call,
+            request_id,
+            self._method,
+            given(is_long(request.ByteSize()) or takes_long(request), functools.partial(prepare, request)),
         )
         async with opened as generations:
             with below("parameters"):
@@ -254,6 +271,11 @@ class _CallOfSession:
 
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
         """Does nothing: it is for handlers that gRPC does not resume, and a session's tasks are always resumed."""
+
+
+def _numbered(data: bytes) -> tuple[int, generation_pb2.SessionRequest | InvalidRequest]:
+    """Returns the number in a SessionRequest, and the rest or what is wrong with it. Raises as `_number` does."""
+    return _number(data), _readable(data)
 
 
 def _number(data: bytes) -> int:

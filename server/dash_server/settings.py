@@ -136,6 +136,10 @@ class Settings(BaseSettings):
         default=None, ge=1, description="Requests of one caller, waiting or running; unset: no limit but the fair queue"
     )
 
+    highest_priority: Literal["low", "normal", "high"] = Field(
+        default="normal", description="Highest class that callers may ask for who have no entry in a token file"
+    )
+
     default_mode: Literal["full_depth", "adaptive", "exact"] = Field(
         default="adaptive", description="Mode of requests that set none"
     )
@@ -156,15 +160,30 @@ class Settings(BaseSettings):
     max_constraint_bytes: int = Field(
         default=64 * 1024, ge=1, description="Bytes of a request's JSON schema, pattern, grammar or choices"
     )
-    max_message_bytes: int = Field(
-        default=4 * _MEBIBYTE, ge=1024, le=32 * _MEBIBYTE, description="Largest request message"
+    max_message_bytes: int = Field(default=_MEBIBYTE, ge=1024, le=32 * _MEBIBYTE, description="Largest request message")
+    max_unfinished_bytes: int = Field(
+        default=64 * _MEBIBYTE,
+        ge=1024,
+        description="Memory for the messages of calls on their way, counted as if each was as large as may be; further "
+        "ones wait. A session has a message's memory of its own",
     )
+    message_timeout_seconds: float = Field(default=10, gt=0, description="Time in which a call's message must arrive")
+    max_sessions: int = Field(default=128, ge=1, description="Sessions at once")
+    max_sessions_per_caller: int = Field(default=32, ge=1, description="Sessions of one caller at once")
 
     max_tokenize_calls: int = Field(default=64, ge=1, description="Tokenize calls at once")
     max_metadata_bytes: int = Field(
         default=8192, ge=1024, le=_MEBIBYTE, description="Largest metadata of one call, a token included"
     )
-    max_calls_per_connection: int = Field(default=1024, ge=1, description="Calls at once over one connection")
+    max_connections: int = Field(
+        default=2048,
+        ge=1,
+        description="Connections at once, as far as the process may have files open; further ones are closed",
+    )
+    max_calls_per_connection: int = Field(default=256, ge=1, description="Calls at once over one connection")
+    max_connection_idle_seconds: float = Field(
+        default=900, ge=0.1, description="Connections without a call for so long are told to go away"
+    )
     max_connection_age_seconds: float | None = Field(
         default=None,
         ge=0.1,
@@ -221,6 +240,11 @@ class Settings(BaseSettings):
     shutdown_grace_seconds: float = Field(default=30, ge=0, description="Time for requests to finish after SIGTERM")
     log_level: LogLevel = Field(default="INFO", description="Least severe log level")
     log_format: LogFormat = Field(default="console", description="Log lines for people, or one JSON object a line")
+
+    @property
+    def max_unfinished_messages(self) -> int:
+        """The messages of calls that may be on their way at once."""
+        return max(1, self.max_unfinished_bytes // self.max_message_bytes)
 
     @model_validator(mode="after")
     def _tls_files_go_together(self) -> "Settings":

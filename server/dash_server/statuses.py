@@ -121,6 +121,17 @@ class Unauthenticated(ServiceError):
     reason = "UNAUTHENTICATED"
 
 
+class MessageTooSlow(ServiceError):
+    """The request's message took too long to arrive."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "MESSAGE_TOO_SLOW"
+    retry_after_seconds = 1.0
+
+    def __init__(self) -> None:
+        super().__init__("the request's message took too long to arrive; send it again, in one piece")
+
+
 class ShuttingDown(ServiceError):
     """The server is shutting down."""
 

@@ -6,7 +6,7 @@ arguments between <tool_call> and </tool_call>. Knows no request and no worker.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from dash_api.v1 import common_pb2
 from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.errors import InvalidRequest
-from dash_runtime.grammar import check_grammar, embedded_schema
+from dash_runtime.grammar import embedded_schema
 from dash_server.text import TextTokenizer
 
 _OPENING, _CLOSING = "<tool_call>", "</tool_call>"
@@ -24,6 +24,10 @@ _CHOICES = {
     common_pb2.TOOL_CHOICE_UNSPECIFIED: common_pb2.TOOL_CHOICE_AUTO,
     **{number: number for number in common_pb2.ToolChoice.values()[1:]},
 }
+
+
+CheckGrammar = Callable[[Constraint], None]
+"""Raises InvalidRequest: the grammar cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class Tools:
     are_parallel: bool
     """True if a reply may call several."""
 
-    def constraint(self, tokenizer: TextTokenizer) -> Constraint:
+    def constraint(self, tokenizer: TextTokenizer, check_grammar: CheckGrammar) -> Constraint:
         """Returns the constraint that keeps calls to the schemas.
 
         Raises:

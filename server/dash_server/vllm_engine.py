@@ -17,7 +17,6 @@ from smg_grpc_proto.generated import common_pb2 as smg_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm_pb2
 
 from dash_api.v1 import generation_pb2
-from dash_server import wire
 from dash_server.from_pb import PreparedRequest, prepare_request
 from dash_server.generation import Generation
 from dash_server.handlers import rpc_handlers
@@ -39,24 +38,31 @@ _TOKENIZER_FILES = (
 
 
 class VllmEngineServicer:
-    """vllm.grpc.engine.VllmEngine, as far as a text model has answers. Its handlers take the request's bytes."""
+    """vllm.grpc.engine.VllmEngine, as far as a text model has answers. Its handlers receive the request's bytes."""
 
     def __init__(self, state: ServiceState) -> None:
         self._state = state
         self._started = time.monotonic()
-        self._running: dict[str, asyncio.Future[list[None]]] = {}
+        # By the caller's name and its id of the request, which several requests may have.
+        self._running: dict[tuple[str, str], set[asyncio.Future[list[None]]]] = {}
 
-    async def generate(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+    async def generate(self, context: grpc.aio.ServicerContext) -> None:
         method = f"{VLLM_ENGINE_SERVICE}/Generate"
         request = vllm_pb2.GenerateRequest()
 
-        def prepare(reading: Reading) -> PreparedRequest:
-            request.CopyFrom(wire.parse(vllm_pb2.GenerateRequest, data))
-            return prepare_request(parameters_of(request), **reading.common, is_streamed=request.stream)
+        def prepare(message: vllm_pb2.GenerateRequest, reading: Reading) -> PreparedRequest:
+            request.CopyFrom(message)
+            return prepare_request(
+                parameters_of(message),
+                **reading.common,
+                is_streamed=message.stream,
+                check_grammar=reading.check_grammar,
+            )
 
+        source = self._state.received(context, vllm_pb2.GenerateRequest, prepare, _has_constraint)
         async with (
             errors_to_status(context) as own_id,
-            open_generations(self._state, context, own_id, method, len(data), prepare) as generations,
+            open_generations(self._state, context, own_id, method, source) as generations,
         ):
             writing = asyncio.Lock()
             answering = asyncio.ensure_future(
@@ -67,27 +73,33 @@ class VllmEngineServicer:
                     ]
                 )
             )
-            self._running[request.request_id] = answering
+            caller = generations[0].record.caller
+            assert caller is not None
+            running = self._running.setdefault((caller.name, request.request_id), set())
+            running.add(answering)
             try:
                 await answering
             except asyncio.CancelledError:
-                if request.request_id in self._running:
+                if answering in running:
                     raise  # the call itself is over
                 for index in range(len(generations)):
                     await _write(context, writing, aborted(index))
             finally:
                 answering.cancel()
-                self._running.pop(request.request_id, None)
+                running.discard(answering)
+                if not running:
+                    self._running.pop((caller.name, request.request_id), None)
 
-    async def abort(self, data: bytes, context: grpc.aio.ServicerContext) -> vllm_pb2.AbortResponse:
+    async def abort(self, context: grpc.aio.ServicerContext) -> vllm_pb2.AbortResponse:
         async with errors_to_status(context):
-            self._state.caller(context)
-            for request_id in wire.parse(vllm_pb2.AbortRequest, data).request_ids:
-                if (answering := self._running.pop(request_id, None)) is not None:
-                    answering.cancel()
+            request, caller = await self._state.request(vllm_pb2.AbortRequest, context)
+            for request_id in request.request_ids:
+                running = self._running.get((caller.name, request_id), set())
+                while running:
+                    running.pop().cancel()
             return vllm_pb2.AbortResponse()
 
-    async def health_check(self, data: bytes, context: grpc.aio.ServicerContext) -> vllm_pb2.HealthCheckResponse:
+    async def health_check(self, context: grpc.aio.ServicerContext) -> vllm_pb2.HealthCheckResponse:
         async with errors_to_status(context):
             state = self._state
             # A gateway takes a first answer as a sign that it can ask for the model.
@@ -96,9 +108,9 @@ class VllmEngineServicer:
             reason = "" if is_healthy else "no requests are taken now"
             return vllm_pb2.HealthCheckResponse(healthy=is_healthy, message=reason)
 
-    async def get_model_info(self, data: bytes, context: grpc.aio.ServicerContext) -> vllm_pb2.GetModelInfoResponse:
+    async def get_model_info(self, context: grpc.aio.ServicerContext) -> vllm_pb2.GetModelInfoResponse:
         async with errors_to_status(context):
-            self._state.caller(context)
+            await self._state.request(vllm_pb2.GetModelInfoRequest, context)
             model = self._state.require_model()
             facts, settings = model.facts, self._state.settings
             longest = facts.context_length
@@ -115,9 +127,9 @@ class VllmEngineServicer:
                 eos_token_ids=sorted(facts.eos_token_ids),
             )
 
-    async def get_server_info(self, data: bytes, context: grpc.aio.ServicerContext) -> vllm_pb2.GetServerInfoResponse:
+    async def get_server_info(self, context: grpc.aio.ServicerContext) -> vllm_pb2.GetServerInfoResponse:
         async with errors_to_status(context):
-            self._state.caller(context)
+            await self._state.request(vllm_pb2.GetServerInfoRequest, context)
             load = self._state.dispatcher.load()
             return vllm_pb2.GetServerInfoResponse(
                 active_requests=load.num_running,
@@ -128,9 +140,9 @@ class VllmEngineServicer:
                 constrained_decoding_start="first_token",
             )
 
-    async def get_loads(self, data: bytes, context: grpc.aio.ServicerContext) -> vllm_pb2.GetLoadsResponse:
+    async def get_loads(self, context: grpc.aio.ServicerContext) -> vllm_pb2.GetLoadsResponse:
         async with errors_to_status(context):
-            self._state.caller(context)
+            await self._state.request(vllm_pb2.GetLoadsRequest, context)
             load = self._state.dispatcher.load()
             share = load.num_reserved_tokens / load.num_cache_tokens if load.num_cache_tokens else 0.0
             entry = vllm_pb2.SchedulerLoad(
@@ -146,7 +158,7 @@ class VllmEngineServicer:
             now = datetime.now(UTC).isoformat()
             return vllm_pb2.GetLoadsResponse(timestamp=now, dp_rank_count=1, loads=[entry])
 
-    async def get_tokenizer(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+    async def get_tokenizer(self, context: grpc.aio.ServicerContext) -> None:
         async with errors_to_status(context):
             self._state.caller(context)
             archive = await asyncio.to_thread(_tokenizer_archive, self._state.require_model().folder)
@@ -161,6 +173,10 @@ def add_vllm_engine(state: ServiceState, server: grpc.aio.Server) -> None:
     """Registers the service on `server`. Its other methods stay unimplemented."""
     handlers = rpc_handlers(_SERVICE, VllmEngineServicer(state), is_whole=False)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(VLLM_ENGINE_SERVICE, handlers),))
+
+
+def _has_constraint(message: vllm_pb2.GenerateRequest) -> bool:
+    return message.sampling_params.WhichOneof("constraint") is not None
 
 
 async def _answer(

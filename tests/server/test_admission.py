@@ -41,6 +41,22 @@ async def test_admission_is_bounded_and_frees_its_places() -> None:
     assert admission.num_inside == 0
 
 
+async def test_an_answer_that_is_not_read_keeps_nobody_else_out_and_not_too_many_are_kept() -> None:
+    admission = Admission(2)
+    with ExitStack() as calls:
+        for _ in range(2):
+            calls.enter_context(admission.admit(ANN)).release()  # the worker is done; the caller has yet to read
+        assert admission.num_inside == 0
+        with pytest.raises(CallerLimitReached, match="2 answers that it has not read"):
+            admission.admit(ANN).__enter__()
+        for _ in range(2):
+            calls.enter_context(admission.admit(BOB))
+        idle = asyncio.create_task(admission.wait_idle())
+        await asyncio.sleep(0)
+        assert not idle.done()
+    await idle
+
+
 async def test_a_draining_admission_refuses_and_tells_when_it_is_empty() -> None:
     admission = Admission(2)
     with admission.admit(ANN):

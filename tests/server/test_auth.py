@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_server.auth import Authenticator, CallerLimits, TokenFileError, TokenTable
+from dash_server.auth import Authenticator, CallerLimits, TokenFileError, TokenTable, address_of
 from dash_server.fair_queue import Priority
 from dash_server.statuses import Unauthenticated
 
@@ -70,8 +70,33 @@ def test_without_tokens_callers_are_addresses_or_certificates_and_share_prompts_
     assert one == callers.identify([], "ipv6:%5B::1%5D:50478")
     assert one.cache_namespace == ""
     assert one != callers.identify([], "ipv4:10.0.0.1:50478")
-    certified = callers.identify([], "ipv4:10.0.0.1:1", [b"payments"])
+    certified = callers.identify([], "ipv4:10.0.0.1:1", {"x509_common_name": [b"payments"]})
     assert (certified.name, certified.cache_namespace) == ("certificate:payments", "certificate:payments")
+
+
+def test_the_addresses_of_one_ipv6_network_are_one_caller() -> None:
+    peers = "ipv6:%5B2001:db8:1:2::1%5D:1", "ipv6:%5B2001:db8:1:2:ffff::9%5D:2", "ipv6:%5B2001:db8:1:3::1%5D:1"
+    one, same, other = (Authenticator().identify([], peer).name for peer in peers)
+    assert one == same != other
+    assert address_of("ipv4:10.0.0.1:50478") == "ipv4:10.0.0.1"
+    assert address_of("unix:") == "unix:"
+
+
+@pytest.mark.parametrize(
+    ("certificate", "name"),
+    [
+        ({"x509_subject": [b"CN=payments"], "x509_common_name": [b"payments"]}, "certificate:payments"),
+        ({"x509_subject": [b"CN=payments,O=Acme"], "x509_common_name": [b"payments"]},
+         "certificate-subject:CN=payments,O=Acme"),
+        ({"x509_subject_alternative_name": [b"payments.example", b"spiffe://acme/payments"], "x509_subject": [b""]},
+         "certificate-uri:spiffe://acme/payments"),
+        ({"x509_pem_cert": [b"pem"], "x509_subject": [b""]},
+         f"certificate-sha256:{hashlib.sha256(b'pem').hexdigest()}"),
+    ],
+)  # fmt: skip
+def test_each_certificate_has_a_name_that_is_no_others(certificate: dict[str, list[bytes]], name: str) -> None:
+    caller = Authenticator().identify([], "ipv4:10.0.0.1:1", certificate)
+    assert (caller.name, caller.cache_namespace) == (name, name)
 
 
 def test_a_changed_file_counts_and_a_broken_one_does_not(token_file: Path, caplog: pytest.LogCaptureFixture) -> None:

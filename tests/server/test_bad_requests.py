@@ -259,7 +259,7 @@ async def test_error_carries_reason_domain_and_request_id(server: RunningServer)
 
 
 async def test_a_huge_wrong_value_is_not_sent_back_whole(server: RunningServer) -> None:
-    refused = await refusal(server.generate(**skip(policy_name="ä" * 1_000_000)))
+    refused = await refusal(server.generate(**skip(policy_name="ä" * 500_000)))
     assert refused.fields == ["parameters.skip.policy_name"]
     assert len(refused.message) < 400
 
@@ -267,6 +267,15 @@ async def test_a_huge_wrong_value_is_not_sent_back_whole(server: RunningServer) 
 async def test_a_message_over_the_limit_is_refused(server: RunningServer) -> None:
     assert (await refusal(server.generate(text="a" * 5_000_000))).code is grpc.StatusCode.RESOURCE_EXHAUSTED
     await assert_still_well(server)
+
+
+async def test_more_messages_than_anybody_needs_are_refused_before_they_are_made(server: RunningServer) -> None:
+    chat = common_pb2.ChatPrompt(messages=[common_pb2.ChatMessage()] * 100_000)
+    refused = await refusal(server.generate(chat=chat))
+    assert refused.fields == ["request"]
+    chat = common_pb2.ChatPrompt(messages=[common_pb2.ChatMessage()] * 5000)
+    refused = await refusal(server.generate(chat=chat))
+    assert refused.fields == ["parameters.chat.messages"]
 
 
 async def test_refusal_by_the_worker_names_the_field(model_folder: Path) -> None:

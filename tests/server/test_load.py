@@ -35,7 +35,8 @@ async def test_five_hundred_requests_of_one_caller_do_not_starve_anothers_one(
     model_folder: Path, token_file: Path
 ) -> None:
     model = fake_model(model_folder, token_seconds=0.001)
-    async with running_server(model, slots=2, max_queue=64, token_file=token_file) as server:
+    limits = {"slots": 2, "max_queue": 64, "max_calls_per_connection": 1024}
+    async with running_server(model, token_file=token_file, **limits) as server:
         backlog = [asyncio.create_task(server.generate(token=ANN, text="a", max_new_tokens=20)) for _ in range(500)]
         await server.wait_until_inside(2, 64)
         answer = await server.generate(token=BOB, text="b", max_new_tokens=20)

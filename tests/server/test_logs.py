@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dash_api.v1 import generation_pb2_grpc
-from dash_server.logs import configure_logging, request_id_of_task, trace_id_of_task
+from dash_server.logs import FewOfAKind, configure_logging, request_id_of_task, trace_id_of_task
 from tests.server.server_harness import fake_model, generation_request, server_process
 from tests.server.test_server_process import connect
 
@@ -107,3 +107,18 @@ def test_a_worker_process_logs_as_its_environment_says(log_format: str, expected
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     ).stderr
     assert (json.loads(stderr)["message"] if log_format == "json" else stderr) == expected
+
+
+def test_a_flood_of_lines_is_cut_and_told() -> None:
+    now = 0.0
+    few = FewOfAKind(most=2, clock=lambda: now)
+
+    def line(text: str, level: int = logging.INFO) -> str | None:
+        record = logging.LogRecord("dash", level, "", 0, text, ("x",), None)
+        return record.getMessage() if few.filter(record) else None
+
+    assert [line("refused: %s") for _ in range(5)] == ["refused: x"] * 2 + [None] * 3
+    assert line("finished: %s") == "finished: x"
+    assert [line("it broke: %s", logging.WARNING) for _ in range(5)] == ["it broke: x"] * 5
+    now = 1.0
+    assert [line("refused: %s") for _ in range(2)] == ["refused: x (and 3 lines like it before)", "refused: x"]

@@ -162,7 +162,7 @@ async def test_each_generation_has_its_own_record_and_span(server: RunningServer
     server.server._state.observers.append(records.append)
     await session.begin(1, {"traceparent": PARENT}, text="abc", max_new_tokens=2)
     await session.begin(2, text="abc", max_new_tokens=3)
-    await session.begin(3, {"timeout_seconds": 0.2}, text="abc", max_new_tokens=4000)
+    await session.begin(3, {"timeout_seconds": 1.0}, text="abc", max_new_tokens=4000)
     await session.begin(4, text="", max_new_tokens=3)
     for number in range(1, 5):
         await session.end_of(number)

@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from dash_api.v1 import common_pb2, model_pb2
 from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.errors import InvalidRequest
-from dash_runtime.grammar import grammar_of
+from dash_runtime.grammar import check_grammar, grammar_of
 from dash_server.text import TextTokenizer
 from dash_server.tools import ToolCallReader, read_tools, template_messages
 from tests.server.server_harness import CHAT_TEMPLATE, RunningServer, fake_model, running_server
@@ -84,7 +84,7 @@ def accepts(prompt: common_pb2.ChatPrompt, text: str, has_marker_tokens: bool) -
     tools = read_tools(prompt, ChatTemplate(CHAT_TEMPLATE, {}), ours)
     assert tools is not None
     theirs = LLTokenizer(ours._tokenizer.to_str(), eos_token=[256])
-    matcher = LLMatcher(theirs, grammar_of(tools.constraint(ours)), log_level=0)
+    matcher = LLMatcher(theirs, grammar_of(tools.constraint(ours, check_grammar)), log_level=0)
     assert not matcher.is_error(), matcher.get_error()
     ids = ours.encode(text)
     return matcher.validate_tokens(ids) == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting()

@@ -1,0 +1,1 @@
+"""Attacks a server, beside a caller who must not feel it."""

@@ -1,0 +1,54 @@
+"""Schemas and grammars are checked where they can harm nobody."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from dash_runtime.constraint import Constraint, ConstraintKind
+from dash_runtime.errors import InvalidRequest
+from dash_server.grammar_check import GrammarChecker
+
+GOOD = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "object", "properties": {"a": {"type": "string"}}}')
+PATTERNS = [{"type": "string", "pattern": f"(a{n}|b)*x(a|b){{{n + 10}}}"} for n in range(40)]
+DEADLY = Constraint(ConstraintKind.JSON_SCHEMA, json.dumps({"allOf": PATTERNS}))
+"""Two kilobytes that take minutes, and all memory there is."""
+
+
+@pytest.fixture
+def checker() -> Iterator[GrammarChecker]:
+    checker = GrammarChecker(1, seconds=1.0)
+    yield checker
+    checker.close()
+
+
+def test_what_is_wrong_is_named_as_by_the_library(checker: GrammarChecker) -> None:
+    checker.check(GOOD)
+    with pytest.raises(InvalidRequest) as error:
+        checker.check(Constraint(ConstraintKind.JSON_SCHEMA, '{"properties": {"a": {"type": "nothing"}}}', "mine"))
+    assert error.value.field == "mine"
+    assert "#/properties/a" in error.value.description
+
+
+def test_a_deadly_schema_is_refused_in_time_and_the_next_one_is_checked(checker: GrammarChecker) -> None:
+    checker.check(GOOD)
+    began = time.monotonic()
+    with pytest.raises(InvalidRequest, match=r"constraint\.json_schema.*too much time or memory"):
+        checker.check(DEADLY)
+    assert time.monotonic() - began < 5
+    assert psutil.Process().memory_info().rss < 2 << 30
+    checker.check(GOOD)
+
+
+def test_a_process_that_was_killed_is_replaced(checker: GrammarChecker) -> None:
+    checker.check(GOOD)
+    (child,) = psutil.Process().children()
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    checker.check(GOOD)
+    checker.close()
+    assert not psutil.Process().children()
