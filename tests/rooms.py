@@ -58,6 +58,7 @@ ROOMS = {
         worker/process worker/flush worker/outbox worker/ray_messages
         worker/connection worker/server_socket
         worker/
+        readers
         tools turns grammar_check
         text wire statuses watched_files logs handlers loop_watch
     """,

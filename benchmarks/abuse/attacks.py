@@ -170,12 +170,7 @@ async def never_read(port: int, tokens: Tokens) -> None:
 async def cancelled_grammars(port: int, tokens: Tokens) -> None:
     """Large schemas, each cancelled as soon as it was sent."""
     properties = {f"field{number}": {"type": "string", "pattern": "[a-z]{1,40}"} for number in range(400)}
-    schema = json.dumps({"type": "object", "properties": properties, "required": list(properties)})
-    request = generation_pb2.GenerateRequest(
-        parameters=generation_pb2.GenerationParameters(
-            text="a", constraint=generation_pb2.Constraint(json_schema=schema)
-        )
-    ).SerializeToString()
+    request = _with_schema({"type": "object", "properties": properties, "required": list(properties)})
 
     async def caller(token: str | None) -> None:
         channel = grpc.aio.insecure_channel(f"{_HOST}:{port}")
@@ -184,6 +179,20 @@ async def cancelled_grammars(port: int, tokens: Tokens) -> None:
             await asyncio.sleep(0.02)
             for call in calls:
                 call.cancel()
+
+    await _all(map(caller, tokens))
+
+
+async def deadly_grammars(port: int, tokens: Tokens) -> None:
+    """Schemas of two kilobytes whose check takes minutes, and all memory there is."""
+    patterns = [{"type": "string", "pattern": f"(a{number}|b)*x(a|b){{{number + 10}}}"} for number in range(40)]
+    request = _with_schema({"allOf": patterns})
+
+    async def caller(token: str | None) -> None:
+        channel = grpc.aio.insecure_channel(f"{_HOST}:{port}")
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await channel.unary_unary(frames.GENERATE)(request, metadata=_bearer(token))
 
     await _all(map(caller, tokens))
 
@@ -259,6 +268,7 @@ ATTACKS: dict[str, Callable[[int, Tokens], Awaitable[None]]] = {
         many_messages,
         never_read,
         cancelled_grammars,
+        deadly_grammars,
         silent_connections,
         idle_connections,
         flood_of_pings,
@@ -271,6 +281,13 @@ ATTACKS: dict[str, Callable[[int, Tokens], Awaitable[None]]] = {
 
 async def _all(tasks: "Iterator[Awaitable[None]] | Sequence[Awaitable[None]]") -> None:
     await asyncio.gather(*tasks)
+
+
+def _with_schema(schema: dict[str, object]) -> bytes:
+    """Returns a request whose output has to keep to the schema."""
+    constraint = generation_pb2.Constraint(json_schema=json.dumps(schema))
+    parameters = generation_pb2.GenerationParameters(text="a", constraint=constraint)
+    return generation_pb2.GenerateRequest(parameters=parameters).SerializeToString()
 
 
 def _bearer(token: str | None) -> tuple[tuple[str, str], ...]:

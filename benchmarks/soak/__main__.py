@@ -17,7 +17,7 @@ PARTS: dict[str, tuple[str, Callable[[], Awaitable[list[Finding]]]]] = {
     "deaths": ("The worker killed ten times under load", deaths.run),
     "drain": ("SIGTERM with 32 streams", draining.run_drain),
     "slow-reader": ("A reader that takes one message a second", draining.run_slow_reader),
-    "fuzz": ("100,000 fuzzed requests", fuzz.run),
+    "fuzz": ("200,000 fuzzed requests", fuzz.run),
     "connections": ("10,000 connections, and pings", connections.run),
     "other-clients": ("Clients in other languages", other_clients.run),
     "corrupt-files": ("1,000 corrupted files", corrupt_files.run),

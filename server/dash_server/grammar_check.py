@@ -19,7 +19,7 @@ import time
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.errors import InvalidRequest
 
-_SECONDS = 2.0
+_SECONDS = 1.0
 """Large honest schemas take a twentieth of a second on an idle machine."""
 _START_SECONDS = 20.0
 _MOST_BYTES = 1 << 30

@@ -36,8 +36,8 @@ class Reading:
         }
 
 
-def takes_long(message: Request) -> bool:
-    """True if a request takes long to read however short it is: a grammar is checked in another process."""
+def has_grammar(message: Request) -> bool:
+    """True if a request has a grammar, or tools, whose calls have one."""
     return message.parameters.HasField("constraint") or bool(message.parameters.chat.tools)
 
 

@@ -15,9 +15,9 @@ from dash_server import wire
 from dash_server.admission import Admission
 from dash_server.generation import Generation, collect
 from dash_server.handlers import rpc_handlers
-from dash_server.reading import Request, prepare, takes_long
+from dash_server.reading import Request, has_grammar, prepare
 from dash_server.served_model import ServedModel
-from dash_server.service_state import ServiceState, errors_to_status, is_long, open_generations, together
+from dash_server.service_state import ServiceState, errors_to_status, open_generations, together, work_of
 from dash_server.session import Session
 from dash_server.statuses import below
 from dash_server.to_pb import (
@@ -68,7 +68,7 @@ class GenerationServicer:
         self, message_class: type[Request], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[list[Generation]]:
         method, state = f"{GENERATION_SERVICE}/{message_class.__name__.removesuffix('Request')}", self._state
-        source = state.received(context, message_class, prepare, takes_long)
+        source = state.received(context, message_class, prepare, has_grammar)
         async with (
             errors_to_status(context) as request_id,
             open_generations(state, context, request_id, method, source) as generations,
@@ -114,7 +114,7 @@ class ModelServicer:
             model = self._state.require_model()
             data = await self._state.receiver.receive(context, caller.name)
             with self._tokenize_calls.admit(caller):
-                return await self._state.read(caller, is_long(len(data)), lambda: self._tokenize(data, model))
+                return await self._state.read(caller, work_of(len(data)), lambda: self._tokenize(data, model))
 
     async def get_load(self, context: grpc.aio.ServicerContext) -> model_pb2.GetLoadResponse:
         async with errors_to_status(context):

@@ -4,14 +4,13 @@ Knows no service's messages.
 """
 
 import asyncio
-import contextlib
 import functools
 import logging
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from enum import Enum, auto
 from typing import Any, TypeVar
 
 import grpc
@@ -26,6 +25,7 @@ from dash_server.from_pb import PreparedRequest
 from dash_server.generation import Generation
 from dash_server.grammar_check import GrammarChecker
 from dash_server.logs import request_id_of_task, trace_id_of_task
+from dash_server.readers import Readers
 from dash_server.reading import Reading
 from dash_server.receiving import Receiver
 from dash_server.recent_decisions import RecentDecisions
@@ -40,7 +40,6 @@ from dash_server.request_record import (
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import Failure, WorkerUnavailable, failure_of
-from dash_server.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -51,22 +50,35 @@ _NUM_READER_THREADS = 2
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 Prepare = Callable[[Reading], PreparedRequest]
-Source = Callable[[str], Awaitable[tuple[bool, Prepare]]]
-"""Receives the request of a caller, by its name: whether it takes long to read, and what reads it."""
 
 
-def given(takes_long: bool, prepare: Prepare) -> Source:
+class Work(Enum):
+    """What it takes to read a request."""
+
+    QUICK = auto()
+    """Less than a thread would."""
+    LONG = auto()
+    """Milliseconds: too long for the event loop."""
+    GRAMMAR = auto()
+    """A check in another process, however short the request."""
+
+
+Source = Callable[[Caller], Awaitable[tuple[Work, Prepare]]]
+"""Receives a caller's request: what it takes to read it, and what does so."""
+
+
+def given(work: Work, prepare: Prepare) -> Source:
     """Returns the source of a request that is here already."""
 
-    async def receive(_: str) -> tuple[bool, Prepare]:
-        return takes_long, prepare
+    async def receive(_: Caller) -> tuple[Work, Prepare]:
+        return work, prepare
 
     return receive
 
 
-def is_long(num_bytes: int) -> bool:
-    """True if so many bytes take too long to be read in the event loop."""
-    return num_bytes > _MAX_INLINE_BYTES
+def work_of(num_bytes: int) -> Work:
+    """Returns what it takes to read so many bytes without a grammar."""
+    return Work.LONG if num_bytes > _MAX_INLINE_BYTES else Work.QUICK
 
 
 class ServiceState:
@@ -89,8 +101,9 @@ class ServiceState:
         self.sessions = Admission(settings.max_sessions)
         self.session_limits = CallerLimits(max_requests=settings.max_sessions_per_caller)
         self.receiver = Receiver(settings.max_unfinished_messages, settings.message_timeout_seconds)
-        self._readers = ThreadPoolExecutor(_NUM_READER_THREADS, thread_name_prefix="request-reader")
-        self._turns = Turns(_NUM_READER_THREADS)
+        self._readers = Readers(_NUM_READER_THREADS, "request-reader")
+        # Of their own: a hostile grammar takes its reader a second.
+        self._grammar_readers = Readers(_NUM_READER_THREADS, "grammar-reader")
         self.grammars = GrammarChecker(_NUM_READER_THREADS)
 
     def caller(self, call: RunningCall) -> Caller:
@@ -107,38 +120,27 @@ class ServiceState:
         context: grpc.aio.ServicerContext,
         message_class: type[M],
         prepare: Callable[[M, Reading], PreparedRequest],
-        takes_long: Callable[[M], bool],
+        has_grammar: Callable[[M], bool],
     ) -> Source:
-        """Returns the source of a request that is the message of a call; `takes_long` says so of one with few bytes."""
+        """Returns the source of a request that is the message of a call."""
 
-        async def receive(name: str) -> tuple[bool, Prepare]:
-            data = await self.receiver.receive(context, name)
-            if is_long(len(data)):
-                return True, lambda reading: prepare(wire.parse(message_class, data), reading)
-            message = wire.parse(message_class, data)
-            return takes_long(message), functools.partial(prepare, message)
+        async def receive(caller: Caller) -> tuple[Work, Prepare]:
+            data = await self.receiver.receive(context, caller.name)
+            work = work_of(len(data))
+            message = await self.read(caller, work, lambda: wire.parse(message_class, data))
+            return Work.GRAMMAR if has_grammar(message) else work, functools.partial(prepare, message)
 
         return receive
 
-    async def read(self, caller: Caller, takes_long: bool, function: Callable[[], T]) -> T:
-        """Runs `function`, which reads a request: if it takes long, in a thread, when it is this caller's turn.
-
-        Raises:
-            QueueFull: too many wait for their turn.
-        """
-        if not takes_long:
-            return function()
-        await self._turns.take(caller.name)
-        loop = asyncio.get_running_loop()
-        reading = self._readers.submit(function)
-
-        # Whoever waits may be cancelled, but the thread reads on.
-        def over(_: object) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop may be closed
-                loop.call_soon_threadsafe(self._turns.leave, caller.name)
-
-        reading.add_done_callback(over)
-        return await asyncio.wrap_future(reading)
+    async def read(self, caller: Caller, work: Work, function: Callable[[], T]) -> T:
+        """Runs `function`, which reads a request, where it holds up nobody. Raises what it raises, and QueueFull."""
+        match work:
+            case Work.QUICK:
+                return function()
+            case Work.LONG:
+                return await self._readers.run(caller.name, function)
+            case Work.GRAMMAR:
+                return await self._grammar_readers.run(caller.name, function)
 
     async def request(self, message_class: type[M], context: grpc.aio.ServicerContext) -> tuple[M, Caller]:
         """Receives the message of a call that asks for no generation; returns it and its caller.
@@ -149,10 +151,11 @@ class ServiceState:
         """
         caller = self.caller(context)
         data = await self.receiver.receive(context, caller.name)
-        return await self.read(caller, is_long(len(data)), lambda: wire.parse(message_class, data)), caller
+        return await self.read(caller, work_of(len(data)), lambda: wire.parse(message_class, data)), caller
 
     def close(self) -> None:
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._readers.close()
+        self._grammar_readers.close()
         self.grammars.close()
 
 
@@ -176,7 +179,7 @@ async def open_generations(
         first = await opened(request_id, source)
         generations = [first]
         for index in range(1, first.num_answers):
-            again = given(False, functools.partial(_prepare_again, first.record, index))
+            again = given(Work.QUICK, functools.partial(_prepare_again, first.record, index))
             generations.append(await opened(f"{request_id}-{index}", again))
         yield generations
 
@@ -226,10 +229,10 @@ async def open_generation(
         model = state.require_model()
         record.model = model.facts.name
         # A message on its way holds no place among the requests.
-        takes_long, prepare = await source(caller.name)
+        work, prepare = await source(caller)
         with state.admission.admit(caller) as place:
             reading = Reading(record, model, state.settings, caller, state.grammars.check)
-            record.prepared = prepared = await state.read(caller, takes_long, functools.partial(prepare, reading))
+            record.prepared = prepared = await state.read(caller, work, functools.partial(prepare, reading))
             record.trail = state.auditor.trail(prepared.request)
             state.admission.claim(place, prepared.request.num_cache_tokens)
             seconds_left = call.time_remaining()

@@ -22,15 +22,16 @@ from dash_server import wire
 from dash_server.auth import Caller
 from dash_server.generation import MAX_TOKENS_PER_MESSAGE, Generation
 from dash_server.logs import request_id_of_task
-from dash_server.reading import prepare, takes_long
+from dash_server.reading import has_grammar, prepare
 from dash_server.request_record import CONTEXT_KEYS, at_end_of_call
 from dash_server.service_state import (
     ServiceState,
+    Work,
     given,
-    is_long,
     logged_failure,
     open_generations,
     together,
+    work_of,
 )
 from dash_server.statuses import SessionClosing, below
 from dash_server.to_pb import Event, write_event
@@ -78,7 +79,7 @@ class Session:
         """Begins and cancels generations as the caller says."""
         while (data := await self._context.read()) is not grpc.aio.EOF:
             await self._outgoing.have_room()
-            number, request = await self._state.read(caller, is_long(len(data)), functools.partial(_numbered, data))
+            number, request = await self._state.read(caller, work_of(len(data)), functools.partial(_numbered, data))
             if isinstance(request, generation_pb2.SessionRequest) and request.HasField("cancel"):
                 if (task := self._running.get(number)) is not None:
                     task.cancel()
@@ -132,12 +133,13 @@ class Session:
     async def _answer(
         self, number: int, request_id: str, call: "_CallOfSession", request: generation_pb2.StreamGenerateRequest
     ) -> None:
+        work = Work.GRAMMAR if has_grammar(request) else work_of(request.ByteSize())
         opened = open_generations(
             self._state,
             call,
             request_id,
             self._method,
-            given(is_long(request.ByteSize()) or takes_long(request), functools.partial(prepare, request)),
+            given(work, functools.partial(prepare, request)),
         )
         async with opened as generations:
             with below("parameters"):

@@ -22,8 +22,8 @@ async def test_a_worker_killed_under_load_costs_only_what_it_had(tiny_folder: Pa
     assert_held(await deaths.run(num_kills=2, seconds_between=1.5, num_callers=6, tiny_model=tiny_folder))
 
 
-async def test_fuzzed_requests_are_answered_or_refused_by_field() -> None:
-    assert_held(await fuzz.run(800))
+async def test_fuzzed_requests_are_answered_or_refused_by_field(tiny_folder: Path) -> None:
+    assert_held(await fuzz.run(800, tiny_model=tiny_folder))
 
 
 async def test_dropped_connections_leave_nothing() -> None:
