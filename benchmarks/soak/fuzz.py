@@ -51,6 +51,7 @@ def _methods() -> dict[str, MethodDescriptor]:
 METHODS = _methods()
 _EXPECTED = {"OK", "INVALID_ARGUMENT"}
 _ALSO_EXPECTED = {"GetDecisions": "NOT_FOUND", "GetAudit": "NOT_FOUND"}
+_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 _BATCH = 200
 _AT_ONCE = 32
 
@@ -222,12 +223,15 @@ async def _code(service: Service, method: str, data: bytes) -> str:
             stream = service.channel.stream_stream(method)(iter([data]), timeout=STUCK_SECONDS)
         else:
             stream = service.channel.unary_stream(method)(data, timeout=STUCK_SECONDS)
+        failed = set()
         try:
-            async for _ in stream:
-                pass
+            async for data in stream:
+                if METHODS[method].client_streaming:
+                    events = generation_pb2.SessionResponse.FromString(data).events
+                    failed |= {_CODES[event.error.code] for event in events if event.HasField("error")}
         except grpc.aio.AioRpcError as error:
             return str(error.code().name)
-        return "OK"
+        return min(failed, default="OK")
     return str((await service.channel.unary_unary(method)(data, timeout=STUCK_SECONDS).code()).name)
 
 

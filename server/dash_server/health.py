@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from dash_server.auth import address_of
 from dash_server.statuses import CallerLimitReached
 
-_MOST_WATCHES = 256
+MOST_WATCHES = 256
 """Of one address. They need no token."""
 _Status = health_pb2.HealthCheckResponse
 ALIVE = "alive"
@@ -65,8 +65,8 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> None:
         address = address_of(context.peer())
-        if self._watches[address] >= _MOST_WATCHES:
-            raise CallerLimitReached(f"{_MOST_WATCHES} watches of health at once", 1.0)
+        if self._watches[address] >= MOST_WATCHES:
+            raise CallerLimitReached(f"{MOST_WATCHES} watches of health at once", 1.0)
         self._watches[address] += 1
         try:
             await self._tell(request.service, context)

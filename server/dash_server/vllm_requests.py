@@ -27,6 +27,8 @@ _OPTION_KINDS: dict[str, Callable[[str], Any]] = {
 _SAME_SAMPLING = ("min_p", "frequency_penalty", "presence_penalty")
 _FINISH_REASONS = {generation_pb2.FINISH_REASON_LENGTH: "length"}
 """The others are "stop"."""
+_MOST = 2**31 - 1
+"""Theirs are numbers without a sign, ours have one."""
 
 
 def parameters_of(request: vllm_pb2.GenerateRequest) -> generation_pb2.GenerationParameters:
@@ -42,6 +44,9 @@ def parameters_of(request: vllm_pb2.GenerateRequest) -> generation_pb2.Generatio
         raise InvalidRequest("sampling_params.min_tokens", "is not known here")
     if params.HasField("prompt_logprobs"):
         raise InvalidRequest("sampling_params.prompt_logprobs", "is not known here; ask Score of GenerationService")
+    for name in ("n", "max_tokens"):
+        if (number := getattr(params, name)) > _MOST:
+            raise InvalidRequest(f"sampling_params.{name}", f"{number} is too large")
     parameters = generation_pb2.GenerationParameters(
         sampling=_sampling(params),
         n=params.n or None,

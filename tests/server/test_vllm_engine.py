@@ -120,6 +120,8 @@ async def test_a_call_that_is_left_frees_its_slots(server: RunningServer, engine
         ({"min_tokens": 3}, "sampling_params.min_tokens"),
         ({"prompt_logprobs": 1}, "sampling_params.prompt_logprobs"),
         ({"n": 17}, "n"),
+        ({"n": 2**32 - 1}, "sampling_params.n"),
+        ({"max_tokens": 2**31}, "sampling_params.max_tokens"),
         ({"structural_tag": "{}"}, "sampling_params.structural_tag"),
         ({"grammar": 'root ::= "a'}, "sampling_params.grammar"),
         ({"logit_bias": {-1: 1.0}}, "sampling_params.logit_bias[-1]"),
@@ -163,6 +165,23 @@ async def test_tokens_and_limits_hold_here_too(model_folder: Path, tmp_path: Pat
         full = await refusal(engine.Generate(request("abc"), metadata=metadata))
         assert full.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         first.cancel()
+
+
+async def test_an_id_is_its_callers_own_and_may_stand_for_several_requests(model_folder: Path, tmp_path: Path) -> None:
+    ann, bob = "ann-s-token-which-is-long-enough", "bob-s-token-which-is-long-enough"
+    tokens = write_tokens(tmp_path, ann=ann, bob=bob)
+    async with running_server(fake_model(model_folder, token_seconds=0.01), vllm_engine=True, token_file=tokens) as own:
+        engine = vllm_grpc.VllmEngineStub(own.channel)
+        asked = request("abc", is_streamed=True, request_id="same", max_tokens=400)
+        calls = [engine.Generate(asked, metadata=bearer(token)) for token in (ann, ann, bob)]
+        for call in calls:
+            await anext(aiter(call))
+        await engine.Abort(vllm_pb2.AbortRequest(request_ids=["same"]), metadata=bearer(ann))
+        for call in calls[:2]:
+            *_, last = [response async for response in call]
+            assert last.complete.finish_reason == "abort"
+        assert (await anext(aiter(calls[2]))).HasField("chunk")
+        calls[2].cancel()
 
 
 def translated(request_id: str = "r", **params: Any) -> generation_pb2.GenerationParameters:
