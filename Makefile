@@ -62,7 +62,7 @@ test-stack: $(INSTALLED)  ## Build the image, run the whole stack in containers,
 soak: $(VENV)/.ray  ## Prove the service under load and faults; takes three quarters of an hour
 	$(BIN)/python -m benchmarks.soak
 
-abuse: $(INSTALLED)  ## Attack the server in fifteen ways, beside a caller who must not feel it; takes six minutes
+abuse: $(INSTALLED)  ## Attack the server in sixteen ways, beside a caller who must not feel it; takes six minutes
 	$(BIN)/python -m benchmarks.abuse
 
 $(VENV)/.ray: $(INSTALLED)

@@ -12,7 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import grpc
 import psutil
+import trustme
 
 from benchmarks.abuse.attacks import ATTACKS
 from benchmarks.abuse.bystander import Bystander
@@ -38,12 +40,15 @@ async def run(name: str, seconds: float = SECONDS) -> list[Finding]:
         folder = Path(made)
         model = fake_model(write_model_folder(folder / "model"), token_seconds=0.005)
         token_file = write_tokens(folder, **tokens)
-        settings = {"context_length": 65_536, "cache_tokens": 1 << 20, "max_queue_tokens": 1 << 22}
+        credentials = _credentials(folder) if "tls" in name else None
+        settings: dict[str, object] = {"context_length": 65_536, "cache_tokens": 1 << 20, "max_queue_tokens": 1 << 22}
+        if credentials is not None:
+            settings |= {"tls_certificate_file": folder / "server.pem", "tls_key_file": folder / "server.key"}
         async with running_service(
-            folder, worker_command=FAKE_WORKER, model=model, token_file=token_file, **settings
+            folder, credentials, worker_command=FAKE_WORKER, model=model, token_file=token_file, **settings
         ) as service:
             own = tokens.pop("bystander")
-            async with Bystander(service.port, own).at_work() as bystander:
+            async with Bystander(service.port, own, credentials).at_work() as bystander:
                 await bystander.watch(1)
                 quiet = await bystander.watch(_QUIET_SECONDS)
                 before = _memory(service)
@@ -74,6 +79,15 @@ async def run(name: str, seconds: float = SECONDS) -> list[Finding]:
         finding("tracebacks and lines in the log", "0, ≤ 2000", f"{log.count('Traceback')}, {log.count(chr(10))}",
                 "Traceback" not in log and log.count("\n") <= 2000),
     ]  # fmt: skip
+
+
+def _credentials(folder: Path) -> grpc.ChannelCredentials:
+    """Writes a certificate and its key, and returns what a client needs to trust it."""
+    authority = trustme.CA()
+    leaf = authority.issue_cert("localhost")
+    leaf.private_key_pem.write_to_path(folder / "server.key")
+    leaf.cert_chain_pems[0].write_to_path(folder / "server.pem")
+    return grpc.ssl_channel_credentials(authority.cert_pem.bytes())
 
 
 def _memory(service: Service) -> int:

@@ -210,6 +210,21 @@ async def silent_connections(port: int, tokens: Tokens) -> None:
     await _all(one() for _ in range(1000))
 
 
+async def half_open_tls(port: int, tokens: Tokens) -> None:
+    """A thousand connections to a port with TLS that begin to shake hands, or do not."""
+    hello = bytes.fromhex("1603010200010001fc0303")
+
+    async def one(number: int) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_connection(_HOST, port)
+                writer.write(hello[: number % len(hello)])
+                await reader.read()
+            await asyncio.sleep(1)
+
+    await _all(map(one, range(1000)))
+
+
 async def idle_connections(port: int, tokens: Tokens) -> None:
     """A thousand connections that greet and then say nothing."""
 
@@ -270,6 +285,7 @@ ATTACKS: dict[str, Callable[[int, Tokens], Awaitable[None]]] = {
         cancelled_grammars,
         deadly_grammars,
         silent_connections,
+        half_open_tls,
         idle_connections,
         flood_of_pings,
         flood_of_settings,

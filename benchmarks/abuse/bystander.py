@@ -41,8 +41,8 @@ class Seen:
 class Bystander:
     """A caller with a token."""
 
-    def __init__(self, port: int, token: str) -> None:
-        self._port = port
+    def __init__(self, port: int, token: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        self._server = port, credentials
         self._metadata = bearer(token)
         self._seen = Seen()
 
@@ -64,7 +64,7 @@ class Bystander:
         return self._seen
 
     async def _stream(self) -> None:
-        async with open_channel(self._port) as channel:
+        async with open_channel(*self._server) as channel:
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
             request = generation_request(text="abc", max_new_tokens=4000)
             while True:
@@ -82,7 +82,7 @@ class Bystander:
     async def _call(self) -> None:
         requests = [generation_request(text="ab", max_new_tokens=2) for _ in range(2)]
         requests[1].parameters.stopping.stop_token_ids.extend(_MANY_IDS)
-        async with open_channel(self._port) as channel:
+        async with open_channel(*self._server) as channel:
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
             while True:
                 requests.reverse()

@@ -81,12 +81,16 @@ def model_variables(tiny_model: Path | None, folder: str) -> dict[str, object]:
 
 @asynccontextmanager
 async def running_service(
-    folder: Path, *, worker_command: Sequence[str] = WORKER_COMMAND, **variables: Any
+    folder: Path,
+    credentials: grpc.ChannelCredentials | None = None,
+    *,
+    worker_command: Sequence[str] = WORKER_COMMAND,
+    **variables: Any,
 ) -> AsyncIterator[Service]:
     """Runs a SERVING server on a free loopback port. Its log is `stderr` in `folder`."""
     with server_process(folder, worker_command=worker_command, **variables) as server:
         port = await asyncio.to_thread(server.wait_for_port)
-        async with open_channel(port) as channel:
+        async with open_channel(port, credentials) as channel:
             service = Service(server, port, channel)
             await service.wait_until_serving()
             yield service

@@ -156,23 +156,30 @@ class _Certificates:
         self._key_file = key_file
         self._client_ca_file = client_ca_file
         self._files = WatchedFiles(certificate_file, key_file, client_ca_file)
-        self._in_use = self._load()
+        self._first = self._load()
 
     def credentials(self) -> grpc.ServerCredentials:
         """Returns credentials for gRPC's secure port. A client CA must have signed each client's certificate."""
         return grpc.dynamic_ssl_server_credentials(
-            self._in_use, self._current, require_client_authentication=self._client_ca_file is not None
+            self._first, self._changed, require_client_authentication=self._client_ca_file is not None
         )
 
-    def _current(self) -> grpc.ServerCertificateConfiguration:
-        """Returns the certificates in use. gRPC calls it in a thread for each new connection; it must not raise."""
-        if self._files.have_changed():
-            try:
-                self._in_use = self._load()
-                logger.info("the certificate was read again from %s", self._certificate_file)
-            except ListenError as error:
-                logger.error("the certificate stays as it was: %s", error)
-        return self._in_use
+    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
+        """Returns new certificates; None if the old ones stay. gRPC calls it in a thread for each new connection; it
+        must not raise.
+
+        For certificates that it is given, even the same, gRPC makes its TLS anew. If that happens with each connection,
+        it counts its references wrongly when handshakes are given up, and aborts (seen with grpcio 1.85.3).
+        """
+        if not self._files.have_changed():
+            return None
+        try:
+            changed = self._load()
+        except ListenError as error:
+            logger.error("the certificate stays as it was: %s", error)
+            return None
+        logger.info("the certificate was read again from %s", self._certificate_file)
+        return changed
 
     def _load(self) -> grpc.ServerCertificateConfiguration:
         try:
