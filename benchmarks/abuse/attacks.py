@@ -117,7 +117,7 @@ async def many_messages(port: int, tokens: Tokens) -> None:
         return generation_pb2.GenerationParameters(chat=common_pb2.ChatPrompt(messages=messages))
 
     call = generation_pb2.GenerateRequest(parameters=chat(MESSAGE_BYTES // 2 - 64)).SerializeToString()
-    stream = generation_pb2.StreamGenerateRequest(parameters=chat(60_000))
+    stream = generation_pb2.StreamGenerateRequest(parameters=chat(16_000))
 
     async def calls(channel: grpc.aio.Channel, token: str | None) -> None:
         while True:

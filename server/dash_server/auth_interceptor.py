@@ -55,9 +55,10 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
                     self._authenticator.identify(context.invocation_metadata() or (), "")
                 if handler.request_streaming:
                     return await self._answer_stream(handler, context)
-                data = await self._receiver.receive(context, address_of(context.peer()))
+                async with self._receiver.message(context, address_of(context.peer())) as data:
+                    request = _parsed(handler, data)
                 method = handler.unary_stream if handler.response_streaming else handler.unary_unary
-                return await method(_parsed(handler, data), context)
+                return await method(request, context)
 
         return stream_handler(answer, handler.response_streaming, handler.response_serializer)
 

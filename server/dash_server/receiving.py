@@ -7,6 +7,8 @@ knows no message's meaning.
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 import grpc
@@ -37,8 +39,10 @@ class Receiver:
         # By caller, the oldest first: when each message must have arrived.
         self._receiving: dict[str, dict[asyncio.Timeout, float]] = {}
 
-    async def receive(self, call: Call, name: str) -> bytes:
-        """Returns the message of a call of this caller.
+    @asynccontextmanager
+    async def message(self, call: Call, name: str) -> AsyncIterator[bytes]:
+        """Yields the message of a call of this caller. It holds its place until the context ends, so that no more wait
+        to be read than are received.
 
         Raises:
             MessageTooSlow: it does not arrive in time.
@@ -46,6 +50,12 @@ class Receiver:
             InvalidRequest: the call has no message.
         """
         await self._take_turn(name)
+        try:
+            yield await self._receive(call, name)
+        finally:
+            self._turns.leave(name)
+
+    async def _receive(self, call: Call, name: str) -> bytes:
         own = self._receiving.setdefault(name, {})
         timeout = asyncio.timeout(self._seconds)
         own[timeout] = asyncio.get_running_loop().time()
@@ -58,7 +68,6 @@ class Receiver:
             own.pop(timeout, None)
             if not own and self._receiving.get(name) is own:
                 del self._receiving[name]
-            self._turns.leave(name)
         if not isinstance(data, bytes):
             assert data is grpc.aio.EOF
             raise InvalidRequest("request", "the call has no message")

@@ -112,9 +112,9 @@ class ModelServicer:
         async with errors_to_status(context):
             caller = self._state.caller(context)
             model = self._state.require_model()
-            data = await self._state.receiver.receive(context, caller.name)
-            with self._tokenize_calls.admit(caller):
-                return await self._state.read(caller, work_of(len(data)), lambda: self._tokenize(data, model))
+            async with self._state.receiver.message(context, caller.name) as data:
+                with self._tokenize_calls.admit(caller):
+                    return await self._state.read(caller, work_of(len(data)), lambda: self._tokenize(data, model))
 
     async def get_load(self, context: grpc.aio.ServicerContext) -> model_pb2.GetLoadResponse:
         async with errors_to_status(context):

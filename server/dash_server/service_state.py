@@ -125,9 +125,9 @@ class ServiceState:
         """Returns the source of a request that is the message of a call."""
 
         async def receive(caller: Caller) -> tuple[Work, Prepare]:
-            data = await self.receiver.receive(context, caller.name)
-            work = work_of(len(data))
-            message = await self.read(caller, work, lambda: wire.parse(message_class, data))
+            async with self.receiver.message(context, caller.name) as data:
+                work = work_of(len(data))
+                message = await self.read(caller, work, lambda: wire.parse(message_class, data))
             return Work.GRAMMAR if has_grammar(message) else work, functools.partial(prepare, message)
 
         return receive
@@ -147,11 +147,11 @@ class ServiceState:
 
         Raises:
             Unauthenticated: the caller is unknown.
-            MessageTooSlow, QueueFull, InvalidRequest: as `Receiver.receive` and `wire.parse` do.
+            MessageTooSlow, QueueFull, InvalidRequest: as `Receiver.message` and `wire.parse` do.
         """
         caller = self.caller(context)
-        data = await self.receiver.receive(context, caller.name)
-        return await self.read(caller, work_of(len(data)), lambda: wire.parse(message_class, data)), caller
+        async with self.receiver.message(context, caller.name) as data:
+            return await self.read(caller, work_of(len(data)), lambda: wire.parse(message_class, data)), caller
 
     def close(self) -> None:
         self._readers.close()

@@ -15,7 +15,7 @@ from dash_runtime.errors import InvalidRequest
 
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 _MOST_VARINT_BYTES = 10
-_MOST_PARTS = 1 << 16
+_MOST_PARTS = 1 << 14
 """Messages in a request. An empty one takes two bytes on the wire, and hundreds once it is parsed."""
 
 M = TypeVar("M", bound=Message)

@@ -28,19 +28,33 @@ class FakeCall:
         return await self._message
 
 
+async def receive(receiver: Receiver, call: FakeCall, name: str) -> bytes:
+    async with receiver.message(call, name) as data:
+        return data
+
+
+async def test_a_message_that_is_not_read_yet_keeps_its_place() -> None:
+    receiver = Receiver(1, 30.0)
+    async with receiver.message(FakeCall(b"x"), "ann"):
+        following = asyncio.create_task(receive(receiver, FakeCall(b"y"), "bob"))
+        await asyncio.sleep(0.01)
+        assert not following.done()
+    assert await following == b"y"
+
+
 async def test_a_message_is_received_and_a_call_without_one_is_refused() -> None:
     receiver = Receiver(1, 1.0)
-    assert await receiver.receive(FakeCall(b"x"), "ann") == b"x"
+    assert await receive(receiver, FakeCall(b"x"), "ann") == b"x"
     with pytest.raises(InvalidRequest, match="no message"):
-        await receiver.receive(FakeCall(grpc.aio.EOF), "ann")
-    assert await receiver.receive(FakeCall(b"y"), "ann") == b"y"
+        await receive(receiver, FakeCall(grpc.aio.EOF), "ann")
+    assert await receive(receiver, FakeCall(b"y"), "ann") == b"y"
 
 
 async def test_nothing_of_a_message_is_taken_before_its_turn() -> None:
     receiver = Receiver(1, 30.0)
     slow, waiting = FakeCall(), FakeCall(b"y")
-    first = asyncio.create_task(receiver.receive(slow, "ann"))
-    second = asyncio.create_task(receiver.receive(waiting, "ann"))
+    first = asyncio.create_task(receive(receiver, slow, "ann"))
+    second = asyncio.create_task(receive(receiver, waiting, "ann"))
     await asyncio.sleep(0.01)
     assert (slow.is_read, waiting.is_read) == (True, False)
     slow.arrive(b"x")
@@ -50,16 +64,16 @@ async def test_nothing_of_a_message_is_taken_before_its_turn() -> None:
 async def test_a_message_that_does_not_come_in_time_is_given_up() -> None:
     receiver = Receiver(1, 0.02)
     with pytest.raises(MessageTooSlow):
-        await receiver.receive(FakeCall(), "ann")
-    assert await receiver.receive(FakeCall(b"y"), "ann") == b"y"
+        await receive(receiver, FakeCall(), "ann")
+    assert await receive(receiver, FakeCall(b"y"), "ann") == b"y"
 
 
 async def test_the_slowest_of_the_caller_with_most_gives_way_while_another_waits() -> None:
     receiver = Receiver(3, 30.0, patience_seconds=0.05)
-    slow = [asyncio.create_task(receiver.receive(FakeCall(), "mallory")) for _ in range(3)]
+    slow = [asyncio.create_task(receive(receiver, FakeCall(), "mallory")) for _ in range(3)]
     await asyncio.sleep(0.06)
     async with asyncio.timeout(5):
-        assert await receiver.receive(FakeCall(b"y"), "bob") == b"y"
+        assert await receive(receiver, FakeCall(b"y"), "bob") == b"y"
         with pytest.raises(MessageTooSlow):
             await slow[0]
     assert not any(task.done() for task in slow[1:])
