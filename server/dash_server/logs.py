@@ -36,7 +36,7 @@ class FewOfAKind(logging.Filter):
     """Lets a line come so many times a second, warnings aside: each call that is refused writes one. The next that
     comes says how many were left out."""
 
-    def __init__(self, most: int = 100, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, most: int = 50, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._most = most
         self._clock = clock

@@ -33,6 +33,8 @@ _DESCRIPTION = """Serves a model over gRPC until it is told to stop. Settings ar
 DASH_MODEL and DASH_PORT; docs/settings.md has them all, and a start logs them."""
 _PREPARE_HELP = """convert the model, compile native code and measure this machine, as the first start does, and exit:
 later starts with these settings then take seconds"""
+_SWITCH_SECONDS = 0.001
+"""After so long a thread that reads a long request lets the event loop go on, for whose turn streams wait."""
 _EXIT_OK = 0
 _EXIT_FAILURE = 1
 _EXIT_USER_ERROR = 2
@@ -63,6 +65,7 @@ def main(worker_command: Sequence[str] = WORKER_COMMAND) -> int:
 async def _run(settings: Settings, worker_command: Sequence[str], *, only_prepares: bool) -> int:
     try:
         raise_file_limit()
+        sys.setswitchinterval(_SWITCH_SECONDS)
         server = DashServer(settings, _starter(settings, worker_command))
         stop = _stop_requested(server)
         if not only_prepares:
