@@ -213,8 +213,7 @@ async def _send_all(
 
 
 def _worker_pids(service: Service) -> list[int]:
-    """Returns the processes of workers: those that check grammars come and go."""
-    return [process.pid for process in service.server.workers() if "dash_server.worker" in process.cmdline()]
+    return [process.pid for process in service.server.workers()]
 
 
 async def _code(service: Service, method: str, data: bytes) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from dash_client import DashClient, UnavailableError
+from tests.server.server_harness import checks_grammars
 
 TOKEN = "the-adapters-token-long-enough"
 SERVER = (sys.executable, "-m", "dash_server.main")
@@ -71,7 +72,7 @@ class Service:
             raise
 
     def workers(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children()
+        return [own for own in psutil.Process(self.process.pid).children() if not checks_grammars(own)]
 
     def stop(self) -> int:
         self.client.close()

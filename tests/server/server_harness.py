@@ -221,7 +221,15 @@ class ServerProcess:
 
     def workers(self) -> list[psutil.Process]:
         """Returns its worker processes."""
-        return psutil.Process(self.process.pid).children()
+        return [own for own in psutil.Process(self.process.pid).children() if not checks_grammars(own)]
+
+
+def checks_grammars(process: psutil.Process) -> bool:
+    """True if a server's child is no worker, but checks grammars for it."""
+    try:
+        return "dash_server.grammar_check" in process.cmdline()
+    except psutil.Error:  # it has ended
+        return False
 
 
 @contextmanager
