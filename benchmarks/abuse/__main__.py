@@ -33,8 +33,8 @@ _MOST_LINES_A_SECOND = 150
 _NUM_ATTACKERS = 5
 
 
-async def run(name: str, seconds: float = SECONDS) -> list[Finding]:
-    """Attacks a server of its own for some seconds."""
+async def run(name: str, seconds: float = SECONDS, slack: float = 1.0) -> list[Finding]:
+    """Attacks a server of its own for some seconds. With slack, times may be so many times as long: machines differ."""
     names = ["bystander", *(f"attacker{number}" for number in range(_NUM_ATTACKERS))]
     tokens = {caller: secrets.token_hex(16) for caller in names}
     with tempfile.TemporaryDirectory() as made:
@@ -69,12 +69,12 @@ async def run(name: str, seconds: float = SECONDS) -> list[Finding]:
             log = service.server.log.read_text()
     num_tracebacks, num_lines = log.count("Traceback"), log.count("\n")
     most_lines = round(_MOST_LINES_A_SECOND * (seconds + _QUIET_SECONDS + 2))
-    limit = max(_MOST_GAP_RATIO * quiet.gap, _LEAST_GAP)
+    limit, most_seconds = slack * max(_MOST_GAP_RATIO * quiet.gap, _LEAST_GAP), slack * _MOST_CALL_SECONDS
     return [
         finding("gap between messages of the bystander's stream, 99th percentile", f"≤ {limit * 1e3:.0f} ms",
                 f"{seen.gap * 1e3:.1f} ms, quiet {quiet.gap * 1e3:.1f}", seen.gap <= limit),
-        finding("the longest of its calls", f"≤ {_MOST_CALL_SECONDS:g} s",
-                f"{seen.longest_call:.3f} s of {len(seen.calls)} calls", seen.longest_call <= _MOST_CALL_SECONDS),
+        finding("the longest of its calls", f"≤ {most_seconds:g} s",
+                f"{seen.longest_call:.3f} s of {len(seen.calls)} calls", seen.longest_call <= most_seconds),
         finding("its failures, and those afterwards", "none", [*seen.failures[:3], *after.failures[:3]] or "none",
                 not seen.failures and not after.failures),
         finding("memory of the server", f"≤ {_MOST_MEMORY >> 20} MB more", f"{(most - before) / 1e6:+.0f} MB",
