@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from dash_runtime.config import GenerationRequest
@@ -42,7 +42,6 @@ class WaitingLine:
     def __init__(self, constraints: ConstraintCompiler | None) -> None:
         self._constraints = constraints
         self._line: deque[Waiting] = deque()
-        self._compiling: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         return len(self._line)
@@ -57,8 +56,7 @@ class WaitingLine:
         if request.constraint is not None:
             if self._constraints is None:
                 raise request.constraint.refusal("needs a tokenizer, and this engine has none")
-            self._compiling = self._compiling or ThreadPoolExecutor(1, "constraints")
-            compiling = self._compiling.submit(self._constraints.compile, request.constraint)
+            compiling = self._constraints.begin(request.constraint)
         self._line.append(Waiting(request, time.monotonic(), compiling))
 
     def drop(self, request_id: str) -> None:

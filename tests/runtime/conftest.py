@@ -19,7 +19,7 @@ from tests.runtime.native_code import at_level
 from tests.runtime.native_code import native_library as load_native_library
 from tests.runtime.native_model import SmallModel, save_small_model
 from tests.runtime.planned_engine import EOS
-from tests.runtime.support import CPU, load_decoder
+from tests.runtime.support import CPU, AtOnce, load_decoder
 from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
 
 _MEASURING = ("startup.measured_engine", "training.loaded_model")
@@ -66,7 +66,7 @@ def byte_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def compiler(byte_tokenizer_file: Path) -> ConstraintCompiler:
     """Compiles constraints for it."""
-    return ConstraintCompiler(byte_tokenizer_file, VOCAB_SIZE, {EOS})
+    return ConstraintCompiler(byte_tokenizer_file, VOCAB_SIZE, {EOS}, executor=AtOnce())
 
 
 @pytest.fixture(scope="session")

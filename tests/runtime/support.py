@@ -1,7 +1,9 @@
 """Helpers of several runtime tests: decoders, passes over rows, costs, and an engine's events."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from dash_runtime.policy.plan_spec import PlanSpec
 
 CPU = torch.device("cpu")
 ALL_ACTIONS = tuple(Action)
+T = TypeVar("T")
 
 
 def load_decoder(
@@ -158,6 +161,18 @@ def policy_arguments(model: Path, text: Path, *, cache: Path | None = None) -> l
     """Returns the options that most of `dash-policy` needs. The cache is kept beside the text unless it is named."""
     cache = text.parent / "cache" if cache is None else cache
     return ["--model", str(model), "--data", str(text), "--device", "cpu", "--cache-folder", str(cache)]
+
+
+class AtOnce(Executor):
+    """An executor that has done what it is given when it returns: requests then begin in their order."""
+
+    def submit(self, function: Callable[..., T], /, *arguments: Any, **options: Any) -> Future[T]:
+        future: Future[T] = Future()
+        try:
+            future.set_result(function(*arguments, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 def drain(engine: Engine) -> dict[str, list[EngineEvent]]:

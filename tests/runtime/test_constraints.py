@@ -6,6 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -252,14 +253,18 @@ def test_a_schema_made_to_explode_costs_little_time(compiler: ConstraintCompiler
 
 
 class SlowCompiler:
-    """Compiles when it is told to."""
+    """Compiles when it is told to, in a thread."""
 
     def __init__(self, compiler: ConstraintCompiler) -> None:
         self._compiler = compiler
+        self._executor = ThreadPoolExecutor(1)
         self.may_go_on = threading.Event()
         self.compiled: list[str] = []
 
-    def compile(self, constraint: Constraint) -> TextConstraint:
+    def begin(self, constraint: Constraint) -> Future[TextConstraint]:
+        return self._executor.submit(self._compile, constraint)
+
+    def _compile(self, constraint: Constraint) -> TextConstraint:
         self.may_go_on.wait(10)
         self.compiled.append(constraint.kind.value)
         return self._compiler.compile(constraint)
@@ -285,7 +290,7 @@ def test_others_decode_while_a_constraint_is_compiled_and_a_cancelled_one_never_
 
 
 class Panic(BaseException):
-    """What a Rust library raises; it is no Exception."""
+    """A panic of a Rust library, which is no Exception."""
 
 
 @pytest.mark.parametrize("method", ["compute_bitmask", "try_consume_tokens"])
@@ -303,11 +308,12 @@ def test_a_library_that_panics_ends_the_request_and_no_other(
             return panics if name == method else getattr(self._matcher, name)
 
     class BreakingCompiler:
-        def compile(self, constraint: Constraint) -> TextConstraint:
-            made = compiler.compile(constraint)
+        def begin(self, constraint: Constraint) -> Future[TextConstraint]:
+            compiling = compiler.begin(constraint)
             if constraint is not DATE:
+                made = compiling.result()
                 made._matcher = Broken(made._matcher)  # type: ignore[assignment]
-            return made
+            return compiling
 
     engine = constrained_engine(decoder, BreakingCompiler())  # type: ignore[arg-type]
     events = run(engine, request("bad", SCHEMA), request("good", DATE), request("none", None))

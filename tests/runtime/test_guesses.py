@@ -30,7 +30,17 @@ from dash_runtime.startup.measured_engine import assemble_engine
 from tests.runtime.native_model import BUDGETS, SmallModel, native_decoder
 from tests.runtime.planned_engine import ACTIONS, EOS, MODES, make_engine
 from tests.runtime.random_policy import NAME
-from tests.runtime.support import ALL_ACTIONS, CPU, finished, load_decoder, run_alone, some_affine, some_costs, tokens
+from tests.runtime.support import (
+    ALL_ACTIONS,
+    CPU,
+    AtOnce,
+    finished,
+    load_decoder,
+    run_alone,
+    some_affine,
+    some_costs,
+    tokens,
+)
 
 CHEAP = GroupPlanner(LatencyTable((1, 8), {Action.SKIP: (0.1, 0.1), Action.FULL: (1.0, 1.2)}))
 DEAR = GroupPlanner(LatencyTable((1, 8), {Action.SKIP: (0.1, 1.0), Action.FULL: (1.0, 14.0)}))
@@ -160,7 +170,9 @@ def test_a_learned_policy_is_not_asked_about_rows_with_guesses(
     decoder = native_decoder(small_model.folder, native_library, shares_heads=True)
     fingerprint = model_fingerprint(decoder.config, open_weights(small_model.folder))
     policy = load_policy(small_model.policy_file, decoder.config, fingerprint, dtype=decoder.dtype, device=CPU)
-    compiler = ConstraintCompiler(small_model.folder / "tokenizer.json", decoder.config.vocab_size, {EOS})
+    compiler = ConstraintCompiler(
+        small_model.folder / "tokenizer.json", decoder.config.vocab_size, {EOS}, executor=AtOnce()
+    )
     catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), [policy])
     planner = GroupPlanner(LatencyTable((1, 8), dict.fromkeys(ALL_ACTIONS, (1.0, 1.2))))
     engine = assemble_engine(decoder, catalog, EngineConfig(), 512, planner=planner, constraints=compiler)
@@ -184,7 +196,7 @@ def test_the_output_of_native_code_is_the_same_to_the_bit(
 ) -> None:
     decoder = native_decoder(small_model.folder, native_library, shares_heads=True)
     file, vocab_size = small_model.folder / "tokenizer.json", decoder.config.vocab_size
-    compiler = ConstraintCompiler(file, vocab_size, decoder.config.eos_token_ids)
+    compiler = ConstraintCompiler(file, vocab_size, decoder.config.eos_token_ids, executor=AtOnce())
     rows = (1, 8), dict.fromkeys(ALL_ACTIONS, (1.0, 1.2))
     outputs = []
     for planner in (GroupPlanner(LatencyTable(*rows)), None):
