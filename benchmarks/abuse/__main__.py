@@ -10,6 +10,7 @@ import json
 import secrets
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -18,7 +19,7 @@ import trustme
 
 from benchmarks.abuse.attacks import ATTACKS
 from benchmarks.abuse.bystander import Bystander
-from benchmarks.soak.report import Finding, finding, print_findings
+from benchmarks.soak.report import Finding, finding, run_parts
 from benchmarks.soak.service import Service, running_service
 from tests.server.server_harness import FAKE_WORKER, fake_model, write_model_folder, write_tokens
 
@@ -116,13 +117,10 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS), help="these attacks")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each attack")
     options = parser.parse_args()
-    failed = []
-    for name in options.only:
-        title = (ATTACKS[name].__doc__ or name).strip()
-        if not print_findings(f"{name}: {title}", asyncio.run(run(name, options.seconds))):
-            failed.append(name)
-    print(f"\nfailed: {', '.join(failed)}" if failed else "\neverything held")
-    return bool(failed)
+    attacks = {name: (ATTACKS[name].__doc__ or "").strip() for name in options.only}
+    return run_parts(
+        {name: (f"{name}: {title}", partial(run, name, options.seconds)) for name, title in attacks.items()}
+    )
 
 
 if __name__ == "__main__":

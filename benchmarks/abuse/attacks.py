@@ -38,17 +38,17 @@ class _Caller:
         self._headers = frames.call_headers(path, token, encoding)
         self._num_streams = num_streams
         self._message = first
-        self._left: dict[int, int] = {}
-        self._http = H2Connection(H2Configuration(client_side=True))
 
     async def run(self, port: int) -> None:
         while True:
             with contextlib.suppress(OSError, H2Error):
                 await self._connect(port)
             await asyncio.sleep(0.2)
-            self._http, self._left = H2Connection(H2Configuration(client_side=True)), {}
 
     async def _connect(self, port: int) -> None:
+        self._http = H2Connection(H2Configuration(client_side=True))
+        self._left: dict[int, int] = {}
+        """The bytes that each call has sent."""
         reader, writer = await asyncio.open_connection(_HOST, port)
         self._http.initiate_connection()
         writer.write(self._http.data_to_send())
@@ -151,7 +151,7 @@ async def never_read(port: int, tokens: Tokens) -> None:
                 http.initiate_connection()
                 http.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
                 reader, writer = await asyncio.open_connection(_HOST, port)
-                headers = frames.call_headers("/dash_api.v1.GenerationService/StreamGenerate", token)
+                headers = frames.call_headers(frames.STREAM_GENERATE, token)
                 for _ in range(100):
                     stream = http.get_next_available_stream_id()
                     http.send_headers(stream, headers)

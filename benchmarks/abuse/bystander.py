@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ _MANY_IDS = [200] * 12_000
 
 @dataclass
 class Seen:
-    """What a bystander saw in some time."""
+    """The times and failures that a bystander saw."""
 
     gaps: list[float] = field(default_factory=list)
     """Seconds between two messages of a stream."""
@@ -93,7 +93,7 @@ class Bystander:
                 await asyncio.sleep(_PAUSE_SECONDS)
 
     @contextlib.contextmanager
-    def _noted(self, what: str):  # type: ignore[no-untyped-def]
+    def _noted(self, what: str) -> Iterator[None]:
         try:
             yield
         except grpc.aio.AioRpcError as error:

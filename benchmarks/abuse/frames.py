@@ -9,6 +9,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, CONTINUATION = 0, 1, 3, 4, 6, 9
 END_STREAM, END_HEADERS = 1, 4
 GENERATE = "/dash_api.v1.GenerationService/Generate"
+STREAM_GENERATE = "/dash_api.v1.GenerationService/StreamGenerate"
 SESSION = "/dash_api.v1.GenerationService/Session"
 HEALTH = "/grpc.health.v1.Health/Check"
 _CANCEL = struct.pack(">I", 8)

@@ -4,15 +4,12 @@
 """
 
 import argparse
-import asyncio
 import sys
-import time
-from collections.abc import Awaitable, Callable
 
 from benchmarks.soak import connections, corrupt_files, deaths, draining, fuzz, other_clients, ray_faults, streams
-from benchmarks.soak.report import Finding, finding, print_findings
+from benchmarks.soak.report import Part, run_parts
 
-PARTS: dict[str, tuple[str, Callable[[], Awaitable[list[Finding]]]]] = {
+PARTS: dict[str, Part] = {
     "streams": ("64 streams at once for ten minutes", streams.run),
     "deaths": ("The worker killed ten times under load", deaths.run),
     "drain": ("SIGTERM with 32 streams", draining.run_drain),
@@ -29,19 +26,8 @@ def main() -> int:
     """Runs the chosen parts; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts")
-    failed = []
-    for name in parser.parse_args().only:
-        title, run = PARTS[name]
-        started = time.monotonic()
-        try:
-            findings = asyncio.run(run())  # type: ignore[arg-type]
-        except Exception as error:  # the other parts are still worth running
-            findings = [finding("the part itself", "runs to its end", f"{type(error).__name__}: {error}", False)]
-        if not print_findings(title, findings):
-            failed.append(name)
-        print(f"  ({time.monotonic() - started:.0f} s)", flush=True)
-    print(f"\nfailed: {', '.join(failed)}" if failed else "\neverything held")
-    return bool(failed)
+    only = parser.parse_args().only
+    return run_parts({name: PARTS[name] for name in only})
 
 
 if __name__ == "__main__":

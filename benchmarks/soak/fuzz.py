@@ -26,6 +26,7 @@ from h2.connection import H2Connection
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from benchmarks.abuse import frames
 from benchmarks.soak.report import Finding, finding
 from benchmarks.soak.service import STUCK_SECONDS, Service, model_variables, running_service
 from dash_api.v1 import generation_pb2, model_pb2
@@ -69,7 +70,7 @@ _values: dict[int, st.SearchStrategy[Any]] = {
     FieldDescriptor.TYPE_INT64: st.integers(-(2**63), 2**63 - 1),
 }
 _MOST_DEPTH = 6
-"""Of messages in messages, some of which hold their own kind."""
+"""The depth of messages in messages, some of which hold their own kind."""
 
 
 def messages(message_class: type[Message], depth: int = 0) -> st.SearchStrategy[Message]:
@@ -283,20 +284,16 @@ def _noise(port: int, number: int) -> None:
     _exchange(port, os.urandom(number % 2000))
 
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-
-
 def _truncated_frame(port: int, number: int) -> None:
     """Returns a HEADERS frame that promises more bytes than follow."""
-    _exchange(port, _PREFACE + struct.pack(">I", 5000)[1:] + b"\1\4\0\0\0\1" + os.urandom(number % 100))
+    beginning = frames.PREFACE + frames.frame(frames.SETTINGS, 0, 0)
+    _exchange(port, beginning + struct.pack(">I", 5000)[1:] + b"\1\4\0\0\0\1" + os.urandom(number % 100))
 
 
 def _truncated_message(port: int, number: int) -> None:
     """Returns a call whose only message is shorter than its prefix says."""
     connection = H2Connection(H2Configuration(client_side=True))
     connection.initiate_connection()
-    headers = {":method": "POST", ":scheme": "http", ":authority": "localhost", "te": "trailers",
-               ":path": "/dash_api.v1.GenerationService/Generate", "content-type": "application/grpc"}  # fmt: skip
-    connection.send_headers(1, sorted(headers.items()))
-    connection.send_data(1, b"\0" + struct.pack(">I", 100 + number) + b"abc", end_stream=True)
+    connection.send_headers(1, frames.call_headers(frames.GENERATE))
+    connection.send_data(1, frames.prefixed(b"abc", 100 + number), end_stream=True)
     _exchange(port, connection.data_to_send())

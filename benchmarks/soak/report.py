@@ -1,7 +1,10 @@
 """The findings of a part of the soak: figures with their bounds, printed as a table."""
 
-from collections.abc import Sequence
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +17,28 @@ class Finding:
     held: bool
 
 
+Part = tuple[str, Callable[[], Coroutine[Any, Any, list[Finding]]]]
+"""A part's title, and what runs it."""
+
+
 def finding(what: str, must: str, seen: object, held: bool) -> Finding:
     return Finding(what, must, str(seen), held)
+
+
+def run_parts(parts: Mapping[str, Part]) -> int:
+    """Runs parts one after another, and prints what they find; returns the exit code."""
+    failed = []
+    for name, (title, run) in parts.items():
+        started = time.monotonic()
+        try:
+            findings = asyncio.run(run())
+        except Exception as error:  # the other parts are still worth running
+            findings = [finding("the part itself", "runs to its end", f"{type(error).__name__}: {error}", False)]
+        if not print_findings(title, findings):
+            failed.append(name)
+        print(f"  ({time.monotonic() - started:.0f} s)", flush=True)
+    print(f"\nfailed: {', '.join(failed)}" if failed else "\neverything held")
+    return int(bool(failed))
 
 
 def print_findings(title: str, findings: Sequence[Finding]) -> bool:

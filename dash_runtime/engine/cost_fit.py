@@ -36,8 +36,6 @@ _NOISE = 0.03
 _MOST_GROUPS = 20
 """Evidence of an epoch that counts: what disturbs it disturbs more than one group."""
 _FIRST_SPREAD = 1.0
-EVALUATION_SHARE = 0.02
-"""What an evaluation of a policy may take, as a share of a layer, before it is measured."""
 _LEAST = 1e-9
 """Anything smaller would be a mistake of a clock or of a table, and has no logarithm."""
 _KEPT_SHARE = 0.9

@@ -9,11 +9,13 @@ from collections.abc import Collection
 import torch
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.engine.cost_fit import EVALUATION_SHARE, CostSpread, MeasuredCosts
+from dash_runtime.engine.cost_fit import CostSpread, MeasuredCosts
 from dash_runtime.linears.quantization import bytes_per_weight
 from dash_runtime.model_config import ModelConfig
 
 _FIXED_SHARE = 0.01
+EVALUATION_SHARE = 0.02
+"""The share of a layer's time that an evaluation of a policy may take."""
 _SPREAD = 0.5
 
 

@@ -18,7 +18,7 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import EngineConfig, GenerationRequest, SkipOptions, StoppingParameters
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.bursts import MOST_IN_BURST
-from dash_runtime.engine.cost_fit import EVALUATION_SHARE, GROUP, STANDARD_POSITIONS, MeasuredCosts, fit_costs
+from dash_runtime.engine.cost_fit import GROUP, STANDARD_POSITIONS, MeasuredCosts, fit_costs
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
 from dash_runtime.engine.step_times import StepTime
@@ -29,6 +29,7 @@ from dash_runtime.passes import PassPlan
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import FixedPlan, cheapest_kernel, full_depth
+from dash_runtime.startup.estimates import EVALUATION_SHARE
 from dash_runtime.startup.measure import filled_caches, timed
 from dash_runtime.startup.model_facts import model_facts
 

@@ -4,7 +4,6 @@ their messages are received as ours are.
 Our own services do both by themselves (`service.py`). Knows gRPC; knows no requests.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Set
 from typing import Any
 
@@ -12,11 +11,11 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from dash_runtime.errors import InvalidRequest
-from dash_server.auth import Authenticator, address_of
+from dash_server.admission import Admission
+from dash_server.auth import Authenticator, Caller, address_of
 from dash_server.handlers import stream_handler
 from dash_server.receiving import Receiver
 from dash_server.service_state import errors_to_status
-from dash_server.statuses import QueueFull
 
 _MOST_STREAMS = 64
 """Open streams of requests, as reflection takes them: each may hold an unfinished message."""
@@ -33,7 +32,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         self._receiver = receiver
         self._own_services = own_services
         self._open_services = open_services
-        self._streams = asyncio.Semaphore(_MOST_STREAMS)
+        self._streams = Admission(_MOST_STREAMS)
 
     async def intercept_service(
         self,
@@ -63,14 +62,11 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         return stream_handler(answer, handler.response_streaming, handler.response_serializer)
 
     async def _answer_stream(self, handler: Any, context: grpc.aio.ServicerContext) -> None:
-        if self._streams.locked():
-            raise QueueFull(_MOST_STREAMS, 1.0)
-
         async def messages() -> AsyncIterator[Any]:
             while (data := await context.read()) is not grpc.aio.EOF:
                 yield _parsed(handler, data)
 
-        async with self._streams:
+        with self._streams.admit(Caller(address_of(context.peer()))):
             async for response in handler.stream_stream(messages(), context):
                 await context.write(response)
 

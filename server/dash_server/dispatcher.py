@@ -54,9 +54,7 @@ class Dispatcher:
         self._links: Sequence[WorkerLink] = ()
         self._queue: PriorityQueue[_Waiting] = PriorityQueue()
         self._waiting: dict[str, _Waiting] = {}
-        self._running: dict[str, WorkerLink] = {}
-        self._places: dict[str, Place] = {}
-        """Of the running ones."""
+        self._running: dict[str, tuple[WorkerLink, Place]] = {}
         self._background: dict[str, int] = {}
         """KV cache tokens of the work for idle times, by request id."""
         self.before_submit: list[Callable[[], None]] = []
@@ -167,8 +165,7 @@ class Dispatcher:
             del self._waiting[request.request_id]
             waiting.outbox.queue_seconds = self._clock() - waiting.since
             link = min(able, key=lambda link: link.num_reserved_tokens)
-            self._running[request.request_id] = link
-            self._places[request.request_id] = waiting.place
+            self._running[request.request_id] = link, waiting.place
             link.submit(request, waiting.outbox)
 
     def _suited(self, request: GenerationRequest) -> Sequence[WorkerLink]:
@@ -183,17 +180,18 @@ class Dispatcher:
         if waiting is not None:
             self._queue.remove(waiting, waiting.priority, waiting.place.caller.name)
             return True
-        link = self._running.pop(request_id, None)
-        self._places.pop(request_id, None)
-        if link is None:
+        running = self._running.pop(request_id, None)
+        if running is None:
             return False
+        link, _ = running
         link.cancel(request_id)
         self._go_on()
         return True
 
     def stop(self, request_id: str) -> None:
         """Finishes a running request now, because a stop string was met."""
-        if (link := self._running.get(request_id)) is not None:
+        if (running := self._running.get(request_id)) is not None:
+            link, _ = running
             link.stop(request_id)
 
     def fail_all(self, error: ServiceError) -> None:
@@ -222,8 +220,8 @@ class Dispatcher:
 
     def on_over(self, request: GenerationRequest, finished: SequenceFinished | None) -> None:
         """Takes a link's report that a request left its worker; `finished` is None if it did not finish by itself."""
-        self._running.pop(request.request_id, None)
-        if (place := self._places.pop(request.request_id, None)) is not None:
+        if (running := self._running.pop(request.request_id, None)) is not None:
+            _, place = running
             place.release()  # a caller that does not read keeps nobody else out
         was_background = self._background.pop(request.request_id, None) is not None
         if finished is not None and not was_background:

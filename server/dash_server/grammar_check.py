@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 
+from dash_runtime.child_process import die_with_parent
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.errors import InvalidRequest
 
@@ -120,6 +121,7 @@ def main() -> None:
     """Answers until the other end closes."""
     from dash_runtime.grammar import check_grammar
 
+    die_with_parent()  # in the midst of a check it would not see that nobody waits
     resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(_NICENESS)

@@ -15,7 +15,7 @@ from dash_server.auth import address_of
 from dash_server.statuses import CallerLimitReached
 
 MOST_WATCHES = 256
-"""Of one address. They need no token."""
+"""The most watches of one address, which need no token."""
 _Status = health_pb2.HealthCheckResponse
 ALIVE = "alive"
 """SERVING whenever there is an answer: who asks for it restarts a server that does not answer. A draining one takes no

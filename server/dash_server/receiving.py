@@ -22,7 +22,7 @@ _PATIENCE_SECONDS = 0.5
 
 
 class Call(Protocol):
-    """What a receiver needs of gRPC's context."""
+    """A call of gRPC, of which a receiver reads messages."""
 
     async def read(self) -> object:
         """Returns the next message, or `grpc.aio.EOF`."""
@@ -74,7 +74,7 @@ class Receiver:
         return data
 
     async def _take_turn(self, name: str) -> None:
-        while True:
+        while not self._turns.take_now(name):  # most find a place free, and need no timer
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._patience_seconds):
                     return await self._turns.take(name)

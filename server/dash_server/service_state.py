@@ -53,7 +53,7 @@ Prepare = Callable[[Reading], PreparedRequest]
 
 
 class Work(Enum):
-    """What it takes to read a request."""
+    """The work of reading a request."""
 
     QUICK = auto()
     """Less than a thread would."""

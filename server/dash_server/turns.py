@@ -26,8 +26,7 @@ class Turns:
         Raises:
             QueueFull: too many wait.
         """
-        if self._num_free:
-            self._grant(name)
+        if self.take_now(name):
             return
         if self.num_waiting >= self._most_waiting:
             self._refuse_one(name)
@@ -43,6 +42,13 @@ class Turns:
             elif not turn.cancelled() and turn.exception() is None:
                 self.leave(name)  # the place was given at the same moment
             raise
+
+    def take_now(self, name: str) -> bool:
+        """Takes a place if one is free; returns whether it did."""
+        if self._num_free:
+            self._grant(name)
+            return True
+        return False
 
     def leave(self, name: str) -> None:
         """Gives a place of this caller back."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from dash_client import DashClient, UnavailableError
-from tests.server.server_harness import checks_grammars
+from tests.server.server_harness import workers_of
 
 TOKEN = "the-adapters-token-long-enough"
 SERVER = (sys.executable, "-m", "dash_server.main")
@@ -72,7 +72,7 @@ class Service:
             raise
 
     def workers(self) -> list[psutil.Process]:
-        return [own for own in psutil.Process(self.process.pid).children() if not checks_grammars(own)]
+        return workers_of(self.process.pid)
 
     def stop(self) -> int:
         self.client.close()

@@ -221,11 +221,15 @@ class ServerProcess:
 
     def workers(self) -> list[psutil.Process]:
         """Returns its worker processes."""
-        return [own for own in psutil.Process(self.process.pid).children() if not checks_grammars(own)]
+        return workers_of(self.process.pid)
 
 
-def checks_grammars(process: psutil.Process) -> bool:
-    """True if a server's child is no worker, but checks grammars for it."""
+def workers_of(server: int) -> list[psutil.Process]:
+    """Returns the worker processes of a server process: its children that do not check grammars."""
+    return [own for own in psutil.Process(server).children() if not _checks_grammars(own)]
+
+
+def _checks_grammars(process: psutil.Process) -> bool:
     try:
         return "dash_server.grammar_check" in process.cmdline()
     except psutil.Error:  # it has ended

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -53,3 +55,20 @@ def test_a_process_that_was_killed_is_replaced(checker: GrammarChecker) -> None:
     checker.check(GOOD)
     checker.close()
     assert not set(psutil.Process().children()) - set(others)
+
+
+def test_a_check_ends_with_the_process_that_wants_it() -> None:
+    program = (
+        "import sys; from dash_runtime.constraint import *; from dash_server.grammar_check import GrammarChecker; "
+        "GrammarChecker(1, seconds=60).check(Constraint(ConstraintKind.JSON_SCHEMA, sys.argv[1]))"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, DEADLY.text]) as process:
+        server, checking = psutil.Process(process.pid), None
+        until = time.monotonic() + 20
+        while checking is None and time.monotonic() < until:
+            checking = next((own for own in server.children() if own.cpu_times().user > 0.4), None)
+            time.sleep(0.02)
+        assert checking is not None
+        process.kill()
+    psutil.wait_procs([checking], timeout=5)
+    assert not checking.is_running() or checking.status() == psutil.STATUS_ZOMBIE
