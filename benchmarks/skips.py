@@ -20,7 +20,7 @@ from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import SequenceCache
-from dash_runtime.native.library import load_native_code
+from dash_runtime.native.code_files import load_native_code
 from dash_runtime.policy.budgets import BudgetCalibration, PricePoint
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork

@@ -41,7 +41,8 @@ def write_tokenizer(gguf: GgufFile, vocab_size: int, folder: Path) -> None:
         )
     tokens = _tokens(gguf, vocab_size)
     tokenizer = _build(gguf, tokens, _KINDS[kind])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Its own `save` raises a plain Exception where there is no room.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     special = {name: _special_token(gguf, key, tokens) for key, name in names.items()}
     config: dict[str, object] = {name: token for name, token in special.items() if token is not None}

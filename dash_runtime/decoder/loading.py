@@ -20,7 +20,7 @@ from dash_runtime.layers.embedding import PlainEmbedding, make_embedding
 from dash_runtime.layers.heads import Head, Heads, eager_head
 from dash_runtime.layers.layer import DecoderLayer, make_layer
 from dash_runtime.layers.narrow_head import HeadMap, narrow_head
-from dash_runtime.layers.shortlist import loudest_channels, shortlist_head
+from dash_runtime.layers.shortlist import int4_logits, loudest_channels, shortlist_head
 from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear
 from dash_runtime.linears.grouped_matrix import Rounding, is_packable, only
@@ -85,22 +85,26 @@ def make_decoder(
     full = make_linear(Action.FULL, FullLinear(head), trials)
     embed = make_embedding(embedding, full if is_shared else None, config.embedding_multiplier)
     multiplier, loudest = config.logits_multiplier, loudest_channels(layer_weights, final_norm)
+    rounded = None
+    if is_packable(*head.shape) and (head_map is not None or (has_int4_head and Action.INT4 in actions)):
+        rounded = int4_logits(head, loudest)
     by_precision: dict[Action, Head] = {}
     wide_heads: dict[Action, Head] = {}
     for precision in actions:
         if precision in (Action.SKIP, Action.INT3):
             continue
         if precision is Action.INT4:
-            if has_int4_head and is_packable(*head.shape):
-                shortlisted = shortlist_head(head, for_many_rows(full), loudest, final_norm, multiplier)
+            if has_int4_head and rounded is not None:
+                shortlisted = shortlist_head(rounded, for_many_rows(full), final_norm, multiplier)
                 by_precision[precision] = wide_heads[precision] = shortlisted
             continue
         is_full = precision is Action.FULL or not has_int8_head
         linear = full if is_full else make_linear(precision, FullLinear(head))
         by_precision[precision] = eager_head(linear, final_norm, multiplier)
         wide_heads[precision] = eager_head(for_many_rows(linear), final_norm, multiplier)
-    if head_map is not None and is_packable(*head.shape):
-        by_precision[Action.SKIP] = wide_heads[Action.SKIP] = narrow_head(head, head_map, final_norm, multiplier)
+    if head_map is not None and rounded is not None:
+        from_narrow = narrow_head(head, rounded, for_many_rows(full), head_map, final_norm, multiplier)
+        by_precision[Action.SKIP] = wide_heads[Action.SKIP] = from_narrow
 
     heads = Heads(by_precision)
     clock = device_of(devices[0] if len(loaders) == 1 else torch.device("cpu"))

@@ -1,4 +1,5 @@
-"""A narrow head: rough logits from a few numbers of the state, and those of the likeliest tokens from all of it.
+"""A narrow head: rough logits from a few numbers of the state, those of likely tokens from all of it in INT4, and those
+of the likeliest again from the exact matrix.
 
 `native/likely.h` has the same for a few rows. Here it is for many, to judge plans by. Shim et al. 2017 (SVD-softmax)
 have such a head with an orthogonal map; here the map is made for the states that a head gets (training/head_map.py).
@@ -13,10 +14,11 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.layers.heads import Head
 from dash_runtime.layers.norm import RmsNorm
-from dash_runtime.linears.dense_linear import FullLinear
+from dash_runtime.layers.shortlist import with_exact_tiles
+from dash_runtime.linears.dense_linear import FullLinear, Linear
 from dash_runtime.linears.quantization import for_many_rows, make_linear
 
-NUM_LIKELY = 2048
+NUM_LIKELY = 8192
 """Tokens whose logits are computed from the whole state, at most."""
 _MARGIN, _BIN_WIDTH = 14.0, 0.125
 """In nats, as in the native code."""
@@ -55,18 +57,20 @@ class NarrowMatrices:
         return cls(mean, FullLinear(weight @ own - (mean @ widen.to(mean)).to(weight)))
 
 
-def narrow_head(weight: Tensor, of: HeadMap, final_norm: RmsNorm, multiplier: float) -> Head:
-    """Returns the narrow head of the matrix `weight`; its logits are multiplied by `multiplier`."""
+def narrow_head(
+    weight: Tensor, rounded: Head, exact: Linear, of: HeadMap, final_norm: RmsNorm, multiplier: float
+) -> Head:
+    """Returns the narrow head of the matrix `weight`, which `exact` has in FULL, and `rounded` as `int4_logits`; its
+    logits are multiplied by `multiplier`."""
     matrices = NarrowMatrices.of(weight, of.widen)
     narrow = make_linear(Action.INT8, FullLinear(of.narrow.to(weight)))
     rough = for_many_rows(make_linear(Action.INT4, matrices.widened))
-    whole = for_many_rows(make_linear(Action.INT8, FullLinear(weight)))
 
     def head(hidden: Tensor) -> Tensor:
         normed = final_norm(hidden)
         logits = rough(narrow(normed)).float().add_(of.offsets).add_((normed.float() @ matrices.mean).unsqueeze(1))
         likely = _likely(logits * multiplier)
-        return torch.where(likely, whole(normed).float(), logits) * multiplier
+        return with_exact_tiles(torch.where(likely, rounded(normed), logits), exact, normed) * multiplier
 
     return head
 

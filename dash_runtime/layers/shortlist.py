@@ -34,17 +34,27 @@ def loudest_channels(last_layer: LayerWeights, final_norm: RmsNorm) -> Tensor:
     return loudness.topk(min(GROUP_SIZE, len(loudness))).indices
 
 
-def shortlist_head(weight: Tensor, exact: Linear, loudest: Tensor, final_norm: RmsNorm, multiplier: float) -> Head:
-    """Returns the head in INT4 of the matrix `weight`, which `exact` has in FULL; its logits are multiplied by
-    `multiplier`. Native code has to have room for such a matrix (`is_packable`)."""
-    rough = for_many_rows(GroupedLinear.of(quantize_int4_with_rest(weight, loudest), weight.dtype))
-    num_tiles = min(NUM_EXACT_TILES, len(weight) // LANES)
+def shortlist_head(rough: Head, exact: Linear, final_norm: RmsNorm, multiplier: float) -> Head:
+    """Returns the head in INT4 of the matrix that `exact` has in FULL, and `rough` as `int4_logits`; its logits are
+    multiplied by `multiplier`. Native code has to have room for such a matrix (`is_packable`)."""
 
     def head(hidden: Tensor) -> Tensor:
         normed = final_norm(hidden)
-        tiles = rough(torch.cat((normed, normed[:, loudest]), dim=1)).float().unflatten(1, (-1, LANES))
-        chosen = tiles.amax(dim=-1).topk(num_tiles).indices.unsqueeze(-1).expand(-1, -1, LANES)
-        again = exact(normed).float().unflatten(1, (-1, LANES)).gather(1, chosen)
-        return tiles.scatter(1, chosen, again).flatten(1) * multiplier
+        return with_exact_tiles(rough(normed), exact, normed) * multiplier
 
     return head
+
+
+def int4_logits(weight: Tensor, loudest: Tensor) -> Head:
+    """Returns what makes logits of normed states by the matrix in INT4, which has the loudest channels twice."""
+    rough = for_many_rows(GroupedLinear.of(quantize_int4_with_rest(weight, loudest), weight.dtype))
+    return lambda normed: rough(torch.cat((normed, normed[:, loudest]), dim=1)).float()
+
+
+def with_exact_tiles(logits: Tensor, exact: Linear, normed: Tensor) -> Tensor:
+    """Returns the logits with those of each row's tiles that have the largest from the exact matrix."""
+    tiles = logits.unflatten(1, (-1, LANES))
+    num_tiles = min(NUM_EXACT_TILES, tiles.shape[1])
+    chosen = tiles.amax(dim=-1).topk(num_tiles).indices.unsqueeze(-1).expand(-1, -1, LANES)
+    again = exact(normed).float().unflatten(1, (-1, LANES)).gather(1, chosen)
+    return tiles.scatter(1, chosen, again).flatten(1)

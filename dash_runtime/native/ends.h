@@ -3,6 +3,7 @@
 #include "likely.h"
 #include "products.h"
 #include "shortlist.h"
+#include "token_rows.h"
 
 // The matrix of the embedding, in bf16.
 struct Embedding {
@@ -17,12 +18,12 @@ struct Bounds {
 };
 
 // A head of one matrix, which may have bounds; or a `rough` one for all logits, and `matrix` for those of a row's tiles
-// with the largest; or a narrow one: `rough` for all logits, from what `narrow` makes of the state, and `rows` for the
-// likeliest tokens'.
+// with the largest; or a narrow one: `rough` for all logits, from what `narrow` makes of the state, `rows` for the
+// likely tokens', and again `matrix`.
 struct Head {
   const float *norm;
   Matrix matrix, rough, narrow;  // without words if there is none
-  const int64_t *repeated;       // the inputs that `rough` has again at its end, in [0, hidden_size); not if narrow
+  const int64_t *repeated;       // the inputs that `rough`, or `rows`, have again at the end, in [0, hidden_size)
   const float *mean, *offsets;   // narrow: the logits lack the state's product with `mean`, and these [vocabulary]
   TokenRows rows;
   Bounds bounds;
@@ -32,6 +33,8 @@ struct Head {
 
   bool has_rough() const { return rough.words && !is_narrow(); }
   bool is_narrow() const { return narrow.words != nullptr; }
+  // Inputs of what has some again at its end.
+  int64_t num_repeated() const { return is_narrow() ? rows.num_inputs : rough.num_inputs; }
 };
 
 // A token and its logit.

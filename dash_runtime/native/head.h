@@ -38,15 +38,25 @@ class HeadRun : public Run {
  private:
   // All logits by the rough matrix, then those of each row's tiles with the largest again, with two barriers.
   void finish_in_two_steps(const Head &head, float *logits, int32_t *keys) const {
-    const int64_t size = shape_.hidden_size, stride = head.num_tiles * kLanes, keys_stride = padded(head.num_tiles);
+    repeat_inputs(head);
+    multiply(head.rough, own_.repeated, 0, head.num_tiles, logits, head.num_tiles * kLanes);
+    compute_best_tiles(head, logits, keys);
+  }
+
+  // Copies this thread's normed states, with some inputs again at the end.
+  void repeat_inputs(const Head &head) const {
+    const int64_t size = shape_.hidden_size, num_inputs = head.num_repeated();
     for (int64_t row = rows_.first; row < rows_.last; ++row) {
       const float *normed = own_.normed + row * size;
-      float *more = own_.repeated + row * head.rough.num_inputs;
+      float *more = own_.repeated + row * num_inputs;
       std::memcpy(more, normed, size * sizeof(float));
-      for (int64_t place = size; place < head.rough.num_inputs; ++place)
-        more[place] = normed[head.repeated[place - size]];
+      for (int64_t place = size; place < num_inputs; ++place) more[place] = normed[head.repeated[place - size]];
     }
-    multiply(head.rough, own_.repeated, 0, head.num_tiles, logits, stride);
+  }
+
+  // The logits of each row's tiles with the largest again, by the exact matrix, with two barriers.
+  void compute_best_tiles(const Head &head, float *logits, int32_t *keys) const {
+    const int64_t stride = head.num_tiles * kLanes, keys_stride = padded(head.num_tiles);
     const int64_t first = member_.first(head.num_tiles), last = member_.last(head.num_tiles);
     for (int64_t row = 0; row < num_rows_; ++row)
       write_tile_keys(logits + row * stride, first, last, head.num_tiles, keys + row * keys_stride);
@@ -65,10 +75,11 @@ class HeadRun : public Run {
     member_.wait();
   }
 
-  // All logits of narrow states, then those of each row's likeliest tokens, with four barriers, or three for many rows.
-  // `tokens` are [rows, vocabulary], `parts` [rows, threads].
+  // All logits of narrow states, then those of each row's likely tokens, then its best tiles', with six barriers, or
+  // five for many rows. `tokens` are [rows, vocabulary], and later the tiles' keys; `parts` [rows, threads].
   void finish_narrow(const Head &head, float *logits, int32_t *tokens, LikelyPart *parts) const {
     const int64_t size = shape_.hidden_size, rank = head.rough.num_inputs, stride = head.num_tiles * kLanes;
+    repeat_inputs(head);
     multiply(head.narrow, own_.normed, 0, rank / kLanes, shared_.narrow, rank);
     member_.wait();
     multiply(head.rough, shared_.narrow, 0, head.num_tiles, logits, stride);
@@ -93,9 +104,11 @@ class HeadRun : public Run {
       int32_t share[kMostLikely];
       const int64_t count =
           share_of_likely(parts + row * own.num_threads, tokens + row * stride, head.num_tiles, own, share);
-      head.rows.write(share, count, own_.normed + row * size, size, logits + row * stride);
+      DASH_CHECK(count <= kMostLikely);
+      head.rows.write(share, count, own_.repeated + row * head.num_repeated(), logits + row * stride);
     }
     member_.wait();
+    compute_best_tiles(head, logits, tokens);
   }
 
   // Each row's largest logit: those of the tiles that may have it, by the rough logits of all and how far these may be

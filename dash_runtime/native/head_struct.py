@@ -11,8 +11,8 @@ from dash_runtime.native.matrix import (
     FullNativeMatrix,
     Int3NativeMatrix,
     Int4NativeMatrix,
+    Int4Outputs,
     Int8NativeMatrix,
-    Int8Outputs,
     NativeMatrix,
 )
 from dash_runtime.native.structs import MOST_EXACT_TILES, HeadStruct, MatrixStruct, TokenRowsStruct
@@ -48,6 +48,8 @@ class HeadBounds(NamedTuple):
 class NarrowHead(NamedTuple):
     """A head of narrow states (`layers/narrow_head.py`)."""
 
+    exact: NativeMatrix
+    """The head's matrix."""
     narrow: NativeMatrix
     rough: NativeMatrix
     rank: int
@@ -55,8 +57,12 @@ class NarrowHead(NamedTuple):
     """Float32 `[hidden_size]`."""
     offsets: Tensor
     """Float32 `[vocab_size]`."""
-    rows: Int8Outputs
-    """The head's matrix."""
+    rows: Int4Outputs
+    """The head's matrix in INT4."""
+    repeated: Tensor
+    """The inputs that `rows` have again at their end, int64."""
+    num_exact: int
+    """Tiles that `exact` computes again."""
 
 
 def head_struct(
@@ -72,26 +78,32 @@ def head_struct(
     struct = HeadStruct(norm=own.data_ptr(), num_tiles=num_tiles, multiplier=multiplier)
     owners: list[object] = [own]
     if isinstance(head, NarrowHead):
+        struct.matrix, exact = packed_struct(head.exact, len(norm))
         struct.narrow, narrow = packed_struct(head.narrow, len(norm))
         struct.rough, wide = packed_struct(head.rough, head.rank)
-        tensors = [head.mean.contiguous(), head.offsets.contiguous(), head.rows.weights, head.rows.scales.float()]
+        tensors = [head.mean.contiguous(), head.offsets.contiguous(), head.rows.words, head.rows.units]
         struct.mean, struct.offsets, *rows = (tensor.data_ptr() for tensor in tensors)
-        struct.rows = TokenRowsStruct(*rows)
-        owners += [narrow, wide, tensors]
+        struct.rows = TokenRowsStruct(*rows, len(norm) + len(head.repeated))
+        _tell_exact(struct, head.repeated, head.num_exact, num_tiles)
+        owners += [exact, narrow, wide, tensors]
         return struct, owners
     struct.matrix, kept = packed_struct(head, len(norm))
     owners.append(kept)
     match more:
         case RoughMatrix(rough, repeated, num_exact):
             struct.rough, kept = packed_struct(rough, len(norm) + len(repeated))
-            struct.num_exact = min(num_exact, MOST_EXACT_TILES, num_tiles)
-            struct.repeated = numbers_struct(repeated.tolist())
+            _tell_exact(struct, repeated, num_exact, num_tiles)
             owners.append(kept)
         case HeadBounds(rough, errors, lengths):
             struct.bounds.rough, kept = packed_struct(rough, len(norm))
             struct.bounds.errors, struct.bounds.lengths = errors.data_ptr(), lengths.data_ptr()
             owners += [kept, errors, lengths]
     return struct, owners
+
+
+def _tell_exact(struct: HeadStruct, repeated: Tensor, num_exact: int, num_tiles: int) -> None:
+    struct.num_exact = min(num_exact, MOST_EXACT_TILES, num_tiles)
+    struct.repeated = numbers_struct(repeated.tolist())
 
 
 def packed_struct(matrix: NativeMatrix, num_inputs: int) -> tuple[MatrixStruct, list[Tensor]]:

@@ -163,6 +163,12 @@ inline int write_bytes(Layout layout, Floats low, Floats high, float factor, voi
   return sum(_mm512_add_epi32(one, next));
 }
 
+// The largest input of a group by its size; not a number if one of them is none, which bytes could not say.
+inline float most_of_group(Floats low, Floats high) {
+  if (_mm512_cmp_ps_mask((__m512)low, (__m512)high, _CMP_UNORD_Q)) return NAN;
+  return largest(larger(larger(low, -low), larger(high, -high)));
+}
+
 inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
                             int64_t first_row, int64_t last_row) {
   const int64_t num_groups = num_inputs / kGroup;
@@ -175,8 +181,7 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
     for (int64_t group = 0; group < num_groups; ++group) {
       const float *from = rows + row * num_inputs + group * kGroup;
       const Floats low = load<Floats>(from), high = load<Floats>(from + kLanes);
-      float most = largest(larger(larger(low, -low), larger(high, -high)));
-      if (_mm512_cmp_ps_mask((__m512)low, (__m512)high, _CMP_UNORD_Q)) most = NAN;  // bytes could not say so
+      const float most = most_of_group(low, high);
       const int64_t place = prepared.place(row, group);
       const float scale = most / 127;
       const float sum =

@@ -48,7 +48,7 @@ inline std::string layout_text() {
   STRUCT(Planner, Planner, F(seconds) F(most_rows) F(split_seconds))
   STRUCT(Embedding, Embedding, F(words) F(multiplier))
   STRUCT(Bounds, Bounds, F(rough) F(errors) F(lengths))
-  STRUCT(TokenRows, TokenRows, F(weights) F(scales))
+  STRUCT(TokenRows, TokenRows, F(words) F(units) F(num_inputs))
   STRUCT(Head, Head, F(norm) F(matrix) F(rough) F(narrow) F(repeated) F(mean) F(offsets) F(rows) F(bounds) F(num_exact)
          F(num_tiles) F(multiplier))
   STRUCT(Burst, BurstRecord, F(tokens) F(plans) F(times) F(scores) F(marks) F(rows))

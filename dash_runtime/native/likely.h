@@ -7,7 +7,7 @@
 #include "team.h"
 #include "vectors.h"
 
-constexpr int64_t kMostLikely = 2048;  // tokens of a row
+constexpr int64_t kMostLikely = 8192;  // tokens of a row
 // In nats: the width of a bin, and how far below the largest logit a token may be.
 constexpr float kBinWidth = 0.125f, kLikelyMargin = 14.0f;
 constexpr int64_t kNumBins = static_cast<int64_t>(kLikelyMargin / kBinWidth);
@@ -76,38 +76,3 @@ inline int64_t share_of_likely(const LikelyPart *parts, const int32_t *tokens, i
   }
   return written;
 }
-
-inline float dot_bytes(const int8_t *weights, const float *values, int64_t size) {
-  using Bytes = int8_t __attribute__((vector_size(kLanes)));
-  Floats sums[2]{};
-  for (int64_t place = 0; place < size; place += 2 * kLanes)
-    for (int half = 0; half < 2; ++half) {
-      const int64_t own = place + half * kLanes;
-      const Floats weight = __builtin_convertvector(__builtin_convertvector(load<Bytes>(weights + own), Ints), Floats);
-      sums[half] += weight * load<Floats>(values + own);
-    }
-  return sum(sums[0] + sums[1]);
-}
-
-// A head's weights in INT8, token by token, and their scales.
-struct TokenRows {
-  const int8_t *weights;  // [vocabulary, size]
-  const float *scales;    // [vocabulary]
-
-  // Writes the logits of these tokens.
-  void write(const int32_t *tokens, int64_t count, const float *state, int64_t size, float *logits) const {
-    constexpr int64_t kAhead = 3;  // tokens whose weights are fetched: they lie apart
-    for (int64_t place = 0; place < std::min(kAhead, count); ++place) fetch(tokens[place], size);
-    for (int64_t place = 0; place < count; ++place) {
-      if (place + kAhead < count) fetch(tokens[place + kAhead], size);
-      const int64_t token = tokens[place];
-      DASH_CHECK(token >= 0 && place < kMostLikely);
-      logits[token] = dot_bytes(weights + token * size, state, size) * scales[token];
-    }
-  }
-
- private:
-  void fetch(int64_t token, int64_t size) const {
-    for (int64_t byte = 0; byte < size; byte += kLineBytes) __builtin_prefetch(weights + token * size + byte);
-  }
-};

@@ -28,6 +28,7 @@ from dash_runtime.linears.grouped_matrix import (
 from dash_runtime.linears.quantization import grouped, quantize_int8, through_int8
 
 _INT4_BITS, _INT8_BITS = 4, 8
+_LINE_BYTES = 64
 _MOST_PACKERS = 4
 _LENGTH_ERROR = 1e-5
 """The error of a length in float32, as a share of it, at most."""
@@ -82,18 +83,26 @@ class Int8NativeMatrix(NativeMatrix):
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Outputs(NativeMatrix):
-    """An INT8 matrix as it is, int8 `[out_features, in_features]`, for products of a few outputs alone.
+class Int4Outputs(NativeMatrix):
+    """An INT4 matrix output by output, uint8 `[out_features, bytes]`, for products of a few outputs alone.
 
-    Scales are `[out_features]`.
+    An output has 16 bytes of each group, the first half of its weights in their low halves; behind them the groups'
+    grids, each in two bytes, as `GroupedNativeMatrix` has them. It begins a cache line. Units are `[out_features]`.
     """
 
-    weights: Tensor
-    scales: Tensor
+    words: Tensor
+    units: Tensor
 
     @classmethod
-    def pack(cls, full: FullLinear) -> "Int8Outputs":
-        return cls(*quantize_int8(full.weight))
+    def pack_with_rest(cls, full: FullLinear, repeated: Tensor) -> "Int4Outputs":
+        """Packs a matrix that has some inputs again at its end (`quantize_int4_with_rest`)."""
+        matrix = quantize_int4_with_rest(full.weight, repeated)
+        values = matrix.values.unflatten(1, (-1, 2, GROUP_SIZE // 2))
+        own = (values[:, :, 0] | values[:, :, 1] << _INT4_BITS).flatten(1)
+        # The product reads 16 grids at a time.
+        grids = functional.pad(_grids(matrix).to(torch.int16), (0, -matrix.scales.shape[1] % LANES)).view(torch.uint8)
+        missing = -(own.shape[1] + grids.shape[1]) % _LINE_BYTES
+        return cls(functional.pad(torch.cat((own, grids), dim=1), (0, missing)), matrix.units)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +180,7 @@ _KINDS: dict[str, type[NativeMatrix]] = {
     "INT8": Int8NativeMatrix,
     "INT4": Int4NativeMatrix,
     "INT3": Int3NativeMatrix,
-    "OUTPUTS": Int8Outputs,
+    "OUTPUTS": Int4Outputs,
     "ERRORS": Int8Errors,
 }
 
@@ -203,9 +212,9 @@ def pack_rough_matrix(full: FullLinear, repeated: Tensor) -> NativeMatrix:
     return _packed_in_parts(partial(Int4NativeMatrix.pack_with_rest, repeated=repeated), full)
 
 
-def pack_outputs(full: FullLinear) -> Int8Outputs:
-    """Rounds the weights of `full` to INT8, output by output."""
-    return _packed_in_parts(Int8Outputs.pack, full)
+def pack_outputs(full: FullLinear, repeated: Tensor) -> Int4Outputs:
+    """Lays out the weights of `full` in INT4, output by output, as `Int4Outputs.pack_with_rest` does."""
+    return _packed_in_parts(partial(Int4Outputs.pack_with_rest, repeated=repeated), full)
 
 
 def int8_errors(full: FullLinear) -> Int8Errors:
@@ -264,13 +273,17 @@ def _shifted_together(words: Tensor, num_bits: int) -> Tensor:
 
 def _in_lines(words: Tensor, matrix: GroupedMatrix) -> Tensor:
     """Puts a matrix's words, `[tiles, groups, words of a group, 16]`, beside its grids."""
-    offsets = matrix.offsets.int() + 2 ** (OFFSET_BITS - 1)
-    grids = _tile(matrix.scales.int() | offsets << SCALE_BITS)  # [tiles, groups, 16]
+    grids = _tile(_grids(matrix))  # [tiles, groups, 16]
     if missing := grids.shape[1] % 2:
         words, grids = (functional.pad(own, (0, 0) * (own.ndim - 2) + (0, missing)) for own in (words, grids))
     lines = (grids[:, ::2] | grids[:, 1::2] << 16).unsqueeze(2)
     pairs = torch.cat((lines, words.unflatten(1, (-1, 2)).flatten(2, 3)), dim=2).flatten(1, 2)
     return pairs[:, : pairs.shape[1] - missing * matrix.bits].contiguous()
+
+
+def _grids(matrix: GroupedMatrix) -> Tensor:
+    """Returns each group's grid in the lower half of a word, int32 `[out, groups]`."""
+    return matrix.scales.int() | (matrix.offsets.int() + 2 ** (OFFSET_BITS - 1)) << SCALE_BITS
 
 
 def _tile(groups: Tensor) -> Tensor:

@@ -137,10 +137,8 @@ struct SharedParts {
   Choice *choices;                          // [rows, num_chosen]
 };
 
-// The number of inputs of a rough matrix, the repeated ones counted twice; 0 if there is no rough matrix.
-inline int64_t repeated_size(const Pass &pass) {
-  return pass.head && pass.head->has_rough() ? pass.head->rough.num_inputs : 0;
-}
+// The number of inputs of what has some of them twice, these counted twice; 0 if there is nothing such.
+inline int64_t repeated_size(const Pass &pass) { return pass.head ? pass.head->num_repeated() : 0; }
 
 // The highest rank of the low-rank compensations, which have one rank in all layers each, and of a narrow head.
 inline int64_t highest_rank(const Pass &pass) {

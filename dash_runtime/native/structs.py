@@ -123,7 +123,7 @@ class BoundsStruct(Structure):
 
 
 class TokenRowsStruct(Structure):
-    _fields_ = _pointers("weights", "scales")
+    _fields_ = [*_pointers("words", "units"), *_numbers("num_inputs")]
 
 
 class HeadStruct(Structure):

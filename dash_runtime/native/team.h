@@ -9,7 +9,12 @@
 #include <thread>
 #include <vector>
 #else
-#include <omp.h>
+// OpenMP as libraries have it, so that neither the compiler nor the system has to bring one.
+extern "C" {
+void GOMP_parallel(void (*work)(void *), void *shared, unsigned num_threads, unsigned flags);
+int omp_get_thread_num();
+int omp_get_num_threads();
+}
 #endif
 
 #ifdef __x86_64__
@@ -72,8 +77,10 @@ void in_threads(int64_t num_threads, Work work) {
   work(int64_t{0}, num_threads);
   for (std::thread &other : others) other.join();
 #else
-#pragma omp parallel num_threads(static_cast<int>(num_threads))
-  work(int64_t{omp_get_thread_num()}, int64_t{omp_get_num_threads()});
+  const auto in_thread = [](void *shared) {
+    (*static_cast<Work *>(shared))(int64_t{omp_get_thread_num()}, int64_t{omp_get_num_threads()});
+  };
+  GOMP_parallel(in_thread, &work, static_cast<unsigned>(num_threads), 0);
 #endif
 }
 

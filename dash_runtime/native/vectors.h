@@ -45,14 +45,26 @@ inline void store(void *to, Vector value) {
 
 inline Floats filled(float value) { return value - Floats{}; }
 
-// Reads 16 bf16 numbers.
-inline Floats from_bf16(const uint16_t *from) {
+// Reads 16 half words, and 16 bytes. Compilers take the latter one by one if they are not told how.
+inline Ints from_halves(const void *from) {
 #ifdef __AVX512F__
-  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)load<Halves>(from)), 16);
+  return (Ints)_mm512_cvtepu16_epi32((__m256i)load<Halves>(from));
 #else
-  return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16);
+  return __builtin_convertvector(load<Halves>(from), Ints);
 #endif
 }
+
+inline Ints from_bytes(const uint8_t *from) {
+#ifdef __AVX512F__
+  return (Ints)_mm512_cvtepu8_epi32(load<__m128i>(from));
+#else
+  using Bytes = uint8_t __attribute__((vector_size(kLanes)));
+  return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Halves), Ints);
+#endif
+}
+
+// Reads 16 bf16 numbers.
+inline Floats from_bf16(const uint16_t *from) { return (Floats)(from_halves(from) << 16); }
 
 inline Register register_from_bf16(const uint16_t *from) {
 #ifdef __AVX512F__

@@ -39,7 +39,7 @@ from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
 from dash_runtime.startup.measured_engine import MeasuredOptions, measured_engine
 from dash_runtime.startup.memory_plan import free_rooms, model_bytes, place_on
-from dash_runtime.startup.native_code import native_code_for, native_decoder, with_native_code
+from dash_runtime.startup.native_code import NativeCode, native_code_for, native_decoder, with_native_code
 from dash_runtime.startup.offer import asked_actions, fitting_actions, usual_actions
 from dash_runtime.startup.packed_files import PackedFiles, WeightsPlace
 from dash_runtime.startup.placement import ModelBytes
@@ -66,8 +66,8 @@ class BuildOptions:
     """The actions to offer; None: what fits well into the memory that is free."""
     weights: WeightsPlace = WeightsPlace.MAPPED
     """Where weights lie that native code reads."""
-    native_code: bool = True
-    """True if decoding runs native code, provided that this machine can compile it."""
+    native_code: NativeCode = NativeCode.AUTO
+    """The origin of native code."""
     use_graphs: bool = True
     """True if decoding replays graphs on a device that has them."""
     checks_kept_costs: bool = True
@@ -220,11 +220,13 @@ def _usable(
     for policy in loaded:
         if policy.rounding != rounding:
             progress(
-                f"policy {policy.name} was calibrated with other rounded weights: it diverges less or more than it says"
+                f"policy {policy.name} was calibrated with other rounded weights than these (dash-policy quantize): it "
+                "diverges less or more than it says"
             )
         if missing := policy.lacks(actions):
             names = ", ".join(action.name for action in sorted(missing))
-            progress(f"policy {policy.name} is not offered: it needs {names}")
+            hint = ", whose weights `dash-policy quantize` makes" if Action.INT3 in missing else ""
+            progress(f"policy {policy.name} is not offered: it needs {names}{hint}")
         else:
             yield policy
 

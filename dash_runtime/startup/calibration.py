@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from dash_runtime.actions import Action, CostTable, LatencyTable
 from dash_runtime.decoder.decoder import Decoder
@@ -112,7 +112,7 @@ class DeviceCalibration:
             sequences = default_token_sequences(tokenizer, NUM_SEQUENCES, length)
             affine = fit_compensation(decoder, sequences).affine
             tensors = {name: tensor.cpu().contiguous() for name, tensor in affine.tensors().items()}
-            keep(file, lambda path: save_file(tensors, path))
+            keep(file, lambda path: path.write_bytes(save(tensors)))  # `save_file` raises errors of its own
             return affine
 
         try:

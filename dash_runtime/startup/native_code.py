@@ -1,10 +1,11 @@
-"""Native code of a start: compiled or read, if it can run the model, and given to the policies that it evaluates.
+"""Native code of a start: found or compiled, if it can run the model, and given to the policies that it evaluates.
 
 Knows models, devices and policies; knows no folders but the cache's.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -18,16 +19,35 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_native_decoder
 from dash_runtime.devices import device_of
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.native.library import NativeLibrary, compile_ahead, load_native_code
+from dash_runtime.native.code_files import PREBUILT, compile_ahead, load_native_code
+from dash_runtime.native.library import NativeLibrary
 from dash_runtime.native.policy import NativePolicy, fits
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.progress import Progress
+from dash_runtime.startup.native_check import check_native_code
 from dash_runtime.startup.packed_files import PackedFiles, WeightsPlace
 
 
-def begin_to_compile(cache_folder: Path) -> None:
-    """Begins to compile native code if none is kept, while the start does other things."""
-    compile_ahead(cache_folder / "native")
+class NativeCode(StrEnum):
+    """The origin of native code."""
+
+    AUTO = "auto"
+    """From the package, or compiled here if that brings none for this machine."""
+    BUILD = "build"
+    """Compiled here."""
+    OFF = "off"
+    """There is none: layers run eagerly."""
+
+    @property
+    def prebuilt(self) -> Path | None:
+        """The package's folder of it, if that may be used."""
+        return PREBUILT if self is NativeCode.AUTO else None
+
+
+def begin_to_compile(cache_folder: Path, source: NativeCode) -> None:
+    """Begins to compile native code if there is none, while the start does other things."""
+    if source is not NativeCode.OFF:
+        compile_ahead(cache_folder / "native", source.prebuilt)
 
 
 def native_code_for(
@@ -37,10 +57,10 @@ def native_code_for(
     device: torch.device,
     cache_folder: Path,
     progress: Progress,
-    is_wanted: bool = True,
+    source: NativeCode = NativeCode.AUTO,
 ) -> tuple[NativeLibrary | None, str]:
     """Returns the native code; None if it cannot run this model there, or not be compiled here, and the reason."""
-    if not is_wanted:
+    if source is NativeCode.OFF:
         return None, "layers run eagerly"
     if not device_of(device).runs_native_code or dtype is not torch.bfloat16:
         return None, f"no native code runs {str(dtype).removeprefix('torch.')} on {device}"
@@ -48,7 +68,8 @@ def native_code_for(
     if reason is not None:
         progress(f"layers run eagerly: native code has no {reason}")
         return None, f"native code has no {reason}"
-    return load_native_code(cache_folder / "native", progress), "there is no native code here"
+    library = load_native_code(cache_folder / "native", progress, prebuilt=source.prebuilt, check=check_native_code)
+    return library, "there is no native code here"
 
 
 def native_decoder(

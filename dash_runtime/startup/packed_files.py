@@ -27,7 +27,7 @@ from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.progress import Progress
 from dash_runtime.startup.process_memory import give_back_memory
 
-_VERSION = 2
+_VERSION = 3
 """Raised when what is packed has another layout."""
 _SECONDS_UNTOLD = 2.0
 _POPULATE_READ = 22

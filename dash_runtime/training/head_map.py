@@ -15,7 +15,7 @@ from dash_runtime.training.loaded_model import LoadedModel
 
 _SHRINKAGE = 0.01
 """The share of the mean square that is added to every direction: text has not shown all of them."""
-_MOST_SEQUENCES = 128
+_MOST_SEQUENCES = 512
 _SEQUENCES_TOGETHER = 8
 _TOKENS_TOGETHER = 8192
 
@@ -41,7 +41,7 @@ def with_narrow_head(
 def fit_head_map(decoder: DenseDecoder, sequences: Sequence[Sequence[int]], num_prompt_tokens: int) -> HeadMap:
     """Returns the map with the least mean square error of the logits at full depth, over all tokens of the vocabulary.
 
-    It is a third as wide as the states, and takes the first 128 sequences. Positions before `num_prompt_tokens` do not
+    It is a third as wide as the states, and takes the first 512 sequences. Positions before `num_prompt_tokens` do not
     count: the first few states of a text are unlike all others.
     """
     moments = _moments(decoder, sequences[:_MOST_SEQUENCES], num_prompt_tokens)

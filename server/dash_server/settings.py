@@ -82,8 +82,9 @@ class Settings(BaseSettings):
         default=False,
         description="Measure before serving what was not measured yet; false: once it serves, while nobody calls",
     )
-    compile: bool = Field(
-        default=True, description="Decode with native code if there is a C++ compiler; compiled once, then kept"
+    native: Literal["auto", "build", "off"] = Field(
+        default="auto",
+        description="Native code: what the wheel brings, else compiled once and kept; always compiled; or none",
     )
     group_planner: bool = Field(
         default=True,
@@ -234,9 +235,7 @@ class Settings(BaseSettings):
     )
 
     start_timeout_seconds: float = Field(default=600, gt=0, description="Time for the worker to load")
-    worker_timeout_seconds: float = Field(
-        default=10, gt=0, description="Silence of a worker after which it is replaced"
-    )
+    worker_timeout_seconds: float = Field(default=8, gt=0, description="Silence of a worker after which it is replaced")
     shutdown_grace_seconds: float = Field(default=30, ge=0, description="Time for requests to finish after SIGTERM")
     log_level: LogLevel = Field(default="INFO", description="Least severe log level")
     log_format: LogFormat = Field(default="console", description="Log lines for people, or one JSON object a line")
@@ -297,7 +296,7 @@ class Settings(BaseSettings):
             devices=self.device_names,
             precision=self.precision,
             num_threads=self.num_threads,
-            native_code=self.compile,
+            native_code=self.native,
             actions=self.actions,
             weights=self.weights,
             checks_costs=self.check_costs,

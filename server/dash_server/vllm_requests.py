@@ -135,7 +135,7 @@ def _sampling(params: vllm_pb2.SamplingParams) -> generation_pb2.SamplingParamet
             raise InvalidRequest(f"sampling_params.logit_bias[{token_id}]", "is no token id")
     return generation_pb2.SamplingParameters(
         temperature=params.temperature if params.HasField("temperature") else 1.0,
-        top_k=params.top_k,
+        top_k=min(params.top_k, _MOST),
         top_p=params.top_p or 1.0,
         repetition_penalty=params.repetition_penalty or 1.0,
         seed=params.seed % (1 << 64) if params.HasField("seed") else None,

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -41,23 +42,25 @@ def server_environment(folder: Path, model: Path, **variables: str) -> dict[str,
 
 REPEATABLE = {
     "DASH_NUM_THREADS": "1",
-    "DASH_COMPILE": "false",
+    "DASH_NATIVE": "off",
     "DASH_PRECISION": "float32",
+    "DASH_PROMPT_LOOKUP": "false",
 }
-"""For servers whose answers are compared: compiled, and in bfloat16, what else is in a step may round otherwise, and a
-random model's tokens change with the last bit."""
+"""For servers whose answers and decisions are compared: compiled, and in bfloat16, what else is in a step may round
+otherwise, and a random model's tokens change with the last bit. A pass that looks ahead in the text asks no policy, and
+does so where that is faster by what the machine measured."""
 
 
 class Service:
-    """A running server and a client for it."""
+    """A running server and a client for it. `prefix` is a command that starts it."""
 
     ready_seconds = 240.0
 
-    def __init__(self, folder: Path, model: Path, **variables: str) -> None:
+    def __init__(self, folder: Path, model: Path, prefix: Sequence[str] = (), **variables: str) -> None:
         self.log = folder / "log"
         with self.log.open("w") as log:
             environment = server_environment(folder, model, **variables)
-            self.process = subprocess.Popen(SERVER, env=environment, stderr=log)
+            self.process = subprocess.Popen([*prefix, *SERVER], env=environment, stderr=log)
         port_file = folder / "port"
         deadline = time.monotonic() + 60
         while not port_file.exists():

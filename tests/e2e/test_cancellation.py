@@ -34,7 +34,7 @@ async def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "prefill_chunk_tokens": 1,  # so that a prompt takes hundreds of steps
         "cache_folder": cache_of_run(tmp_path_factory.mktemp("server")),
         "precision": "float32",
-        "compile": False,  # eager, which starts sooner
+        "native": "off",  # eager, which starts sooner
         "check_costs": False,
         "num_threads": 1,  # threads that wait for each other would suffer from whatever runs beside the tests
     }

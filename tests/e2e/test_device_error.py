@@ -36,7 +36,7 @@ async def test_its_requests_end_as_unavailable_and_the_next_worker_serves(
     tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = (sys.executable, "-c", FAILING_WORKER)
-    options = {"precision": "float32", "num_threads": 1, "compile": False, "check_costs": False}
+    options = {"precision": "float32", "num_threads": 1, "native": "off", "check_costs": False}
     options["cache_folder"] = cache_of_run(tmp_path)
     async with running_server(str(tiny_folder), wait=False, worker_command=command, **options) as server:
 

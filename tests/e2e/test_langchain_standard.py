@@ -64,7 +64,7 @@ class TestWithoutAServer(ChatModelUnitTests):
 
 
 class TestWithAServer(ChatModelIntegrationTests):
-    variables: ClassVar = {"DASH_NUM_THREADS": "1", "DASH_COMPILE": "false"}
+    variables: ClassVar = {"DASH_NUM_THREADS": "1", "DASH_NATIVE": "off"}
     target = ""
 
     @classmethod
@@ -101,7 +101,7 @@ class TestWithAServer(ChatModelIntegrationTests):
 class TestWithAModelThatCallsTools(TestWithAServer):
     """What a tiny model cannot do: decide to call a tool, read the answer, and end a string."""
 
-    variables: ClassVar = {"DASH_COMPILE": "false"}
+    variables: ClassVar = {"DASH_NATIVE": "off"}
 
     @classmethod
     def served_model(cls, tiny_folder: Path) -> Path:

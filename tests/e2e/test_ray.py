@@ -123,7 +123,7 @@ def test_tokens_equal_those_of_a_local_process(cluster: Any, tiny_folder: Path, 
     issued = issuer.issue_cert("localhost")
     issued.cert_chain_pems[0].write_to_path(tmp_path / "chain.pem")
     issued.private_key_pem.write_to_path(tmp_path / "key.pem")
-    shared = {"model": tiny_folder, "cache_folder": tmp_path / "cache", "compile": "false", "check_costs": "false"}
+    shared = {"model": tiny_folder, "cache_folder": tmp_path / "cache", "native": "off", "check_costs": "false"}
     tls = {"tls_certificate_file": tmp_path / "chain.pem", "tls_key_file": tmp_path / "key.pem"}
     ray = {"ray_address": cluster.address}
     answers = []

@@ -127,7 +127,12 @@ struct Model {
     Head &narrow = heads[kNarrow];
     narrow.narrow = kept.matrix(kInt8, kRank, kHidden), narrow.rough = kept.matrix(kInt8, kVocabulary, kRank);
     narrow.mean = kept.floats(kHidden, 0.1f), narrow.offsets = kept.floats(kVocabulary, 0.1f);
-    narrow.rows = {kept.take<int8_t>(kVocabulary * kHidden), kept.floats(kVocabulary, 0.01f)};
+    narrow.matrix = heads[kPlain].matrix, narrow.repeated = repeated, narrow.num_exact = 5;
+    narrow.rows = {nullptr, kept.floats(kVocabulary, 0.01f), kHidden + kGroup};
+    const int64_t num_bytes = kVocabulary * narrow.rows.num_bytes();
+    auto *bytes = kept.take<uint8_t>(num_bytes);
+    for (int64_t place = 0; place < num_bytes; ++place) bytes[place] = static_cast<uint8_t>(below(256));
+    narrow.rows.words = bytes;
     heads[kBounded].bounds = {kept.matrix(kInt8, kVocabulary, kHidden), kept.floats(kVocabulary, 0, 0.5f),
                               kept.floats(kVocabulary, 0, 2)};
     const int64_t inner = 2 * kLanes;

@@ -11,8 +11,9 @@ from benchmarks.gpu_once.live_report import LiveReport
 from benchmarks.gpu_once.model import Model, build_model
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler
-from dash_runtime.native.levels import Level, best_level, levels_here
+from dash_runtime.native.levels import best_level, levels_here
 from dash_runtime.native.library import NativeLibrary
+from dash_runtime.native.recipe import Level
 from dash_runtime.startup.measure_costs import measure_costs
 from dash_runtime.training.calibrate import CALIBRATION_PRICES
 from tests.runtime.native_code import at_level
@@ -29,6 +30,12 @@ _MEASURING = ("startup.measured_engine", "training.loaded_model")
 def rows_folder(embedded_cache: Path) -> Path:
     """Returns the native code's folder: in the user's own cache, so that it is compiled once, not in every run."""
     return embedded_cache / "native"
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a C++ compiler."""
+    monkeypatch.setenv("PATH", "")
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,10 @@ from dash_runtime.checkpoints import default_cache_folder
 from dash_runtime.files.atomic_file import replacing
 from dash_runtime.linears.grouped_matrix import quantize_grouped
 from dash_runtime.linears.quantization import BITS, quantize_int8
-from dash_runtime.native.levels import LEVELS, Level, best_level
-from dash_runtime.native.library import NativeLibrary, library_path, load_native_code
+from dash_runtime.native.code_files import library_path, load_native_code
+from dash_runtime.native.levels import best_level
+from dash_runtime.native.library import NativeLibrary
+from dash_runtime.native.recipe import LEVELS, Level
 
 NATIVE_SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 272}
 """Whole numbers of lanes; in FULL some of the matrices fill blocks, and others do not."""

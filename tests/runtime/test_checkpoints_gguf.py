@@ -1,5 +1,6 @@
 """A GGUF file becomes the Hugging Face folder it was made from, or is refused in one sentence."""
 
+import resource
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, resolve_checkpoint
 from dash_runtime.checkpoints.gguf_conversion import convert_gguf
-from dash_runtime.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
+from dash_runtime.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.model_config import RopeConfig, RopeKind
 from tests.runtime.gguf_files import write_gguf
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
@@ -227,6 +228,22 @@ def test_a_gguf_path_is_converted_once_and_again_when_it_changes(llama: Path, tm
     write_gguf(gguf, llama, metadata={"llama.context_length": 256})
     second = resolve_checkpoint(str(gguf), None, tmp_path / "cache", messages.append)
     assert load_model_config(second).context_length == 256
+
+
+@pytest.mark.parametrize("room", [0, 1_000, 5_000, 20_000])
+def test_a_conversion_without_room_is_told_in_one_sentence_and_leaves_nothing(
+    llama: Path, tmp_path: Path, room: int
+) -> None:
+    gguf, cache = write_gguf(tmp_path / "tiny.gguf", llama), tmp_path / "cache"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"tiny cannot be converted into .*: File too large\."):
+            resolve_checkpoint(str(gguf), None, cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+    resolve_checkpoint(str(gguf), None, cache)
 
 
 def test_a_missing_gguf_file_is_not_found(tmp_path: Path) -> None:

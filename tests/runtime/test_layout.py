@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from dash_runtime.native import structs
+from dash_runtime.native.code_files import library_path, load_native_code
 from dash_runtime.native.layout import LayoutDiffers, check_layout
 from dash_runtime.native.levels import best_level
-from dash_runtime.native.library import NativeLibrary, library_path, load_native_code
+from dash_runtime.native.library import NativeLibrary
 from dash_runtime.native.structs import MatrixStruct
 
 
@@ -44,7 +45,7 @@ def test_code_with_other_structures_is_compiled_again_and_then_runs_nothing(
     kept.write_bytes((rows_folder / f"{native_library.name}.zip").read_bytes())
     compiled: list[Path] = []
     monkeypatch.setattr(structs, "MatrixStruct", Swapped)
-    monkeypatch.setattr("dash_runtime.native.library._compile", lambda path, level: compiled.append(path))
+    monkeypatch.setattr("dash_runtime.native.code_files._compile", lambda path, level: compiled.append(path))
     said: list[str] = []
     assert load_native_code(tmp_path, said.append) is None
     assert compiled == [kept]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import dash_runtime
-from dash_runtime.native.levels import LEVELS, Level, best_level, levels_here
+from dash_runtime.native.levels import best_level, levels_here
+from dash_runtime.native.recipe import LEVELS, Level
 
 SOURCES = Path(dash_runtime.__file__).parent / "native"
 DRIVER = Path(__file__).parent.parent / "native" / "driver.cpp"

@@ -19,14 +19,10 @@ import dash_runtime
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.decoder.backends.native import why_eager
 from dash_runtime.model_config import BlockConfig, MixtureConfig, NormPlacement, QkNorm, RopeConfig, RopeKind
-from dash_runtime.native.levels import LEVELS, Level, best_level
-from dash_runtime.native.library import (
-    NativeLibrary,
-    code_digest,
-    compile_ahead,
-    load_native_code,
-    others_may_write,
-)
+from dash_runtime.native.code_files import compile_ahead, load_native_code, others_may_write
+from dash_runtime.native.levels import best_level
+from dash_runtime.native.library import NativeLibrary
+from dash_runtime.native.recipe import LEVELS, Level, code_digest
 
 SOURCES = Path(dash_runtime.__file__).parent / "native"
 FAILING = "#!/bin/sh\necho 'native.cpp:1:2: error: no such header\ncompilation terminated.' >&2\nexit 1\n"
@@ -51,11 +47,6 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert library is not None, said
     assert said == ["compiling native code (kept for later starts)"]
     return folder
-
-
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
 
 
 @pytest.fixture
@@ -195,7 +186,7 @@ def digest_after(folder: Path, file: str, old: str, new: str) -> str:
     source = (copy / file).read_text()
     assert old in source
     (copy / file).write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("copied_library", copy / "library.py")
+    spec = importlib.util.spec_from_file_location("copied_recipe", copy / "recipe.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -207,9 +198,9 @@ def digest_after(folder: Path, file: str, old: str, new: str) -> str:
 @pytest.mark.parametrize(
     ("file", "old", "new", "is_same"),
     [
-        ("library.py", "-O3", "-O2", False),
-        ("library.py", "-ffp-contract=fast", "-ffp-contract=off", False),
-        ("library.py", "loads it.", "loads it again.", True),
+        ("recipe.py", "-O3", "-O2", False),
+        ("recipe.py", "-ffp-contract=fast", "-ffp-contract=off", False),
+        ("recipe.py", "Python's own", "Python's", True),
         ("structs.py", "eight bytes", "8 bytes", True),
         *((path.name, "\n", "\n\n", False) for path in sorted((*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")))),
     ],
@@ -217,7 +208,7 @@ def digest_after(folder: Path, file: str, old: str, new: str) -> str:
 def test_other_code_or_other_flags_are_another_package(
     tmp_path: Path, file: str, old: str, new: str, is_same: bool
 ) -> None:
-    unchanged = digest_after(tmp_path / "unchanged", "library.py", "\n", "\n")
+    unchanged = digest_after(tmp_path / "unchanged", "recipe.py", "\n", "\n")
     assert (digest_after(tmp_path / "changed", file, old, new) == unchanged) is is_same
 
 

@@ -12,8 +12,8 @@ from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.layers.kv_cache import SequenceCache
-from dash_runtime.native.levels import Level
 from dash_runtime.native.library import NativeLibrary
+from dash_runtime.native.recipe import Level
 from dash_runtime.passes import PassPlan, RowPlan
 from tests.runtime.layer_case import FINER, Case
 from tests.runtime.native_code import NATIVE_SIZES, native_library

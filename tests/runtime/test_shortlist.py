@@ -10,7 +10,7 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.layers.norm import RmsNorm
-from dash_runtime.layers.shortlist import NUM_EXACT_TILES, shortlist_head
+from dash_runtime.layers.shortlist import NUM_EXACT_TILES, int4_logits, shortlist_head
 from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.linears.grouped_matrix import is_packable, quantize_grouped, quantize_int4_with_rest
 from dash_runtime.model_config import ModelConfig
@@ -137,7 +137,7 @@ def test_many_rows_have_nearly_the_logits_that_native_code_computes(
 ) -> None:
     rows, norm = some_rows(40, loudest), RmsNorm(torch.ones(SIZE).bfloat16(), config.rms_norm_eps)
     native = head(config, weight, loudest, NUM_EXACT_TILES)(rows)
-    eager = shortlist_head(weight, FullLinear(weight), loudest, norm, 1.0)(rows)
+    eager = shortlist_head(int4_logits(weight, loudest), FullLinear(weight), norm, 1.0)(rows)
     full = exact_head(config, weight)(rows)
     assert is_packable(*weight.shape)
     spread = full.std()

@@ -7,10 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlencode
 
@@ -243,18 +244,22 @@ def server_process(
     worker_command: Sequence[str] = FAKE_WORKER,
     before_exit: str = "pass",
     arguments: Sequence[str] = (),
+    prefix: Sequence[str] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
     **variables: object,
 ) -> Iterator[ServerProcess]:
-    """Starts `dash-server` with the fake worker and these variables. `before_exit` is Python to run at its end."""
+    """Starts `dash-server` with the fake worker and these variables. `before_exit` is Python to run at its end,
+    `prefix` a command that runs the one after it in its place, `environment` variables that are not ours."""
     command = tuple(worker_command)
     program = f"import sys; from dash_server.main import main; code = main({command}); {before_exit}; sys.exit(code)"
     port_file = tmp_path / "port"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("DASH_")}
+    others = {name: value for name, value in os.environ.items() if not name.startswith("DASH_")} | dict(environment)
     given = {"port": 0, "port_file": port_file, **variables}
-    environment |= {f"DASH_{name.upper()}": str(value) for name, value in given.items()}
+    own = {f"DASH_{name.upper()}": str(value) for name, value in given.items()}
     log = tmp_path / "stderr"
     with log.open("wb") as stderr:
-        process = subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, stderr=stderr)
+        words = [*prefix, sys.executable, "-c", program, *arguments]
+        process = subprocess.Popen(words, env=others | own, stderr=stderr)
     with process:
         try:
             yield ServerProcess(process, port_file, log)

@@ -195,6 +195,7 @@ async def test_defaults_are_those_of_vllm() -> None:
     assert not translated().stopping.HasField("max_new_tokens")
     assert [translated(seed=seed).sampling.seed for seed in (7, -1)] == [7, 2**64 - 1]
     assert not translated().sampling.HasField("seed")
+    assert translated(top_k=2**32 - 2).sampling.top_k > 10**9, "all tokens, as there"
     assert (translated(n=3).n, translated(n=0).HasField("n")) == (3, False)
     assert list(translated(truncate_prompt_tokens=2).token_ids.ids) == list(b"bc")
     assert parameters_of(vllm_pb2.GenerateRequest(text="hi")).text == "hi"

@@ -10,14 +10,14 @@ from dash_runtime.decoder.backends.packed_model import PackedModel
 from dash_runtime.layers.narrow_head import NUM_LIKELY, HeadMap
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES
 from dash_runtime.native.head_struct import HeadBounds, NarrowHead, RoughMatrix
-from dash_runtime.native.matrix import Int8Outputs, NativeMatrix
+from dash_runtime.native.matrix import Int4Outputs, NativeMatrix
 from dash_runtime.native.model import HeadRows, NativeModel
 
 _MOST_ROUGH, _MOST_APART = 10, 16
 """If many rows may take another head than few, more than the first number take no rough head: each row reads other
 tiles of the exact matrix again, and 64 rows read two thirds of it. More than the second number all take one head."""
 
-_TOKENS_FOR_ROW = 20 * NUM_LIKELY
+_TOKENS_FOR_ROW = 5 * NUM_LIKELY
 """A narrow head is for one row for every so many tokens of the vocabulary: each row reads likely tokens of its own.
 More rows take the head in INT4, if they may."""
 
@@ -71,7 +71,7 @@ class NativeHeads:
             rough = RoughMatrix(packed.matrix("head.INT4"), packed.loudest, NUM_EXACT_TILES)
             add(Action.INT4, exact, rough)
         if head_map is not None:
-            add(Action.SKIP, narrow_head_of(packed, head_map), None)
+            add(Action.SKIP, narrow_head_of(packed, head_map, full), None)
         self._heads = heads
         return heads
 
@@ -93,15 +93,18 @@ class NativeHeads:
         return self._heads.get(Action.INT4, head) if precision is Action.SKIP else head
 
 
-def narrow_head_of(packed: PackedModel, head_map: HeadMap) -> NarrowHead:
-    """Returns the narrow head that was packed for this map."""
+def narrow_head_of(packed: PackedModel, head_map: HeadMap, full: NativeMatrix | None) -> NarrowHead:
+    """Returns the narrow head that was packed for this map; `full` is the head in FULL, if there is one."""
     rows = packed.matrix("narrow.OUTPUTS")
-    assert isinstance(rows, Int8Outputs)
+    assert isinstance(rows, Int4Outputs)
     return NarrowHead(
+        exact=packed.matrix("head.INT8") if full is None else full,
         narrow=packed.matrix("narrow.INT8"),
         rough=packed.matrix("narrow.INT4"),
         rank=head_map.rank,
         mean=packed.mean_row,
         offsets=head_map.offsets,
         rows=rows,
+        repeated=packed.loudest,
+        num_exact=NUM_EXACT_TILES,
     )

@@ -161,7 +161,7 @@ def pack_by_layer(loader: WeightLoader, takers: Mapping[Part, Take], head_map: H
     del embedding
     pack_head(takers, FullLinear(head), loudest)
     if Part.NARROW in takers and head_map is not None:
-        pack_narrow_head(takers[Part.NARROW], head, head_map)
+        pack_narrow_head(takers[Part.NARROW], head, loudest, head_map)
 
 
 def pack_head(takers: Mapping[Part, Take], head: FullLinear, loudest: Tensor) -> None:
@@ -176,12 +176,12 @@ def pack_head(takers: Mapping[Part, Take], head: FullLinear, loudest: Tensor) ->
         _take(takers[Part.FULL], "head.FULL", pack_native_matrix(Action.FULL, head))
 
 
-def pack_narrow_head(take: Take, weight: Tensor, head_map: HeadMap) -> None:
-    """Packs the narrow head of the matrix `weight`."""
+def pack_narrow_head(take: Take, weight: Tensor, loudest: Tensor, head_map: HeadMap) -> None:
+    """Packs what is a narrow head's own of the matrix `weight`."""
     matrices = NarrowMatrices.of(weight, head_map.widen)
     _take(take, "narrow.INT8", pack_native_matrix(Action.INT8, FullLinear(head_map.narrow.to(weight))))
     _take(take, "narrow.INT4", pack_native_matrix(Action.INT4, matrices.widened))
-    _take(take, "narrow.OUTPUTS", pack_outputs(FullLinear(weight)))
+    _take(take, "narrow.OUTPUTS", pack_outputs(FullLinear(weight), loudest))
     take("mean_row", matrices.mean)
 
 
