@@ -194,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument("--budgets", type=parse_budgets, default=[0.9, 0.8, 0.7])
     evaluation.add_argument("--sequences", type=_positive, default=24)
-    evaluation.add_argument("--tasks", type=Path, help="questions as .jsonl, to show accuracy at each budget")
+    evaluation.add_argument(
+        "--tasks", type=Path, help="questions as .jsonl, or a folder, to show accuracy at each budget"
+    )
     evaluation.add_argument(
         "--last-words", type=Path, help="text with a paragraph a line, to show how often its last words are predicted"
     )

@@ -11,8 +11,15 @@ from dash_runtime.engine.engine import Engine
 from dash_runtime.evaluation.accuracy import Accuracy, Answers, Estimate, judge
 from dash_runtime.evaluation.last_words import last_word_passages
 from dash_runtime.evaluation.likelihood import Passage
-from dash_runtime.evaluation.quality import answer_choices, answer_openly, predict_last_words, question_and_answer
-from dash_runtime.evaluation.task_files import ChoiceQuestion, OpenQuestion, read_tasks
+from dash_runtime.evaluation.programs import require_isolation
+from dash_runtime.evaluation.quality import (
+    answer_choices,
+    answer_openly,
+    predict_last_words,
+    question_and_answer,
+    write_programs,
+)
+from dash_runtime.evaluation.task_files import ChoiceQuestion, OpenQuestion, ProgramQuestion, read_tasks
 from dash_runtime.evaluation.task_paths import TaskPath, plans_everywhere, task_paths
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import FixedPlan
@@ -70,6 +77,9 @@ class _Tasks:
         questions = [] if options.tasks is None else read_tasks(options.tasks)
         self._choice_questions = [question for question in questions if isinstance(question, ChoiceQuestion)]
         self._open_questions = [question for question in questions if isinstance(question, OpenQuestion)]
+        self._programs = [question for question in questions if isinstance(question, ProgramQuestion)]
+        if self._programs:
+            require_isolation()
         self._passages: list[Passage] = []
         if options.last_words is not None:
             self._passages = last_word_passages(
@@ -83,13 +93,14 @@ class _Tasks:
             found += answer_choices(path.run, self._encode, self._choice_questions)
         if self._passages:
             found.append(predict_last_words(path.run, self._passages))
-        if self._open_questions and path.skip is not None:
+        if (self._open_questions or self._programs) and path.skip is not None:
             has_template = self._model.chat_template.source is not None
             prompt = self._chat if has_template else question_and_answer
-            engine = engine_for(path.policy)
-            found.append(
-                answer_openly(engine, self._encode, self._decode, self._open_questions, path.skip, prompt=prompt)
-            )
+            asked = (engine_for(path.policy), self._encode, self._decode)
+            if self._open_questions:
+                found.append(answer_openly(*asked, self._open_questions, path.skip, prompt=prompt))
+            else:
+                found.append(write_programs(*asked, self._programs, path.skip, prompt=prompt))
         return found
 
     def _encode(self, text: str) -> list[int]:

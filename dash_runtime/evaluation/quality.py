@@ -13,8 +13,9 @@ from dash_runtime.config import SkipOptions
 from dash_runtime.engine.engine import Engine
 from dash_runtime.evaluation.accuracy import Answers
 from dash_runtime.evaluation.likelihood import Encode, Passage, PassageScore, Run, passage_of
-from dash_runtime.evaluation.open_answers import Decode, answer_in, generate
-from dash_runtime.evaluation.task_files import ChoiceQuestion, OpenQuestion
+from dash_runtime.evaluation.open_answers import Decode, Generated, answer_in, generate
+from dash_runtime.evaluation.programs import code_in, which_pass
+from dash_runtime.evaluation.task_files import ChoiceQuestion, OpenQuestion, ProgramQuestion
 
 
 def question_and_answer(question: str) -> str:
@@ -90,12 +91,39 @@ def answer_openly(
     given = [answer_in(own.text, question.answer) for own, question in zip(outputs, questions, strict=True)]
     wanted = [answer_in(question.answer, question.answer) for question in questions]
     is_right = tuple(own == right for own, right in zip(given, wanted, strict=True))
-    num_decided, cost = sum(own.num_decode_tokens for own in outputs), sum(own.total_cost for own in outputs)
-    return Answers("exact_match", tuple(given), is_right, num_decided, cost)
+    return Answers("exact_match", tuple(given), is_right, *_spent(outputs))
+
+
+def write_programs(
+    engine: Engine,
+    encode: Encode,
+    decode: Decode,
+    questions: Sequence[ProgramQuestion],
+    skip: SkipOptions,
+    *,
+    prompt: Callable[[str], str] = question_and_answer,
+    max_new_tokens: int = 512,
+) -> Answers:
+    """Returns whether the programs that greedy generation writes pass their tests (`pass@1`). It runs them.
+
+    Raises:
+        InvalidRequest: an option, or a question, does not fit this engine.
+        ConfigError: programs cannot be kept from the network here.
+    """
+    prompts = [encode(prompt(question.question)) for question in questions]
+    outputs = generate(engine, decode, prompts, skip, max_new_tokens)
+    programs = [question.program(code_in(own.text)) for question, own in zip(questions, outputs, strict=True)]
+    is_right = tuple(which_pass(programs))
+    return Answers("pass@1", is_right, is_right, *_spent(outputs))
 
 
 def _log_likelihood(score: PassageScore) -> float:
     return float(score.log_probs.sum(dtype=torch.float64))
+
+
+def _spent(outputs: Sequence[Generated]) -> tuple[int, float]:
+    """Returns the number of decode tokens and what they cost together."""
+    return sum(own.num_decode_tokens for own in outputs), sum(own.total_cost for own in outputs)
 
 
 def _paid(scores: Sequence[PassageScore]) -> tuple[int, float]:

@@ -1,13 +1,15 @@
 """Reads questions with known answers from the user's JSONL files.
 
-A file holds one kind of record: `{"question", "choices", "answer": place of the right one}` or
-`{"question", "answer": text}`. Other fields are ignored. Knows files; knows no tokenizer and no model.
+A file holds one kind of record: `{"question", "choices", "answer": place of the right one}`,
+`{"question", "answer": text}`, or `{"question", "tests": Python statements}`. The last one also comes as two known sets
+have it: `{"prompt", "test", "entry_point"}` (HumanEval's form) and `{"text" or "prompt", "test_list"}` (MBPP's). Other
+fields are ignored. Knows files; knows no tokenizer and no model.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from dash_runtime.errors import ConfigError
 
@@ -30,29 +32,75 @@ class OpenQuestion:
     answer: str
 
 
-def read_tasks(path: Path) -> list[ChoiceQuestion] | list[OpenQuestion]:
-    """Returns the file's records in its order, all of one kind. Empty lines are ignored.
+@dataclass(frozen=True, slots=True)
+class ProgramQuestion:
+    """A question whose answer is a Python program."""
+
+    question: str
+    tests: str
+    """Code that runs after the program's own, and fails if that is wrong."""
+    beginning: str = ""
+    """Code that the program goes on from if it does not define `entry_point` itself."""
+    entry_point: str = ""
+
+    def program(self, code: str) -> str:
+        """Returns an answer's code with what belongs before and after it."""
+        is_whole = not self.entry_point or f"def {self.entry_point}(" in code
+        return f"{'' if is_whole else self.beginning}{code}\n\n{self.tests}\n"
+
+
+Question: TypeAlias = ChoiceQuestion | OpenQuestion | ProgramQuestion
+
+
+def read_tasks(path: Path) -> list[Question]:
+    """Returns the file's records in its order, all of one kind; of a folder those of its .jsonl files, by their names.
+    Empty lines are ignored.
 
     Raises:
         ConfigError: the file cannot be read, is empty, mixes the kinds, or has a record of another form; the message
             names file and line.
     """
-    choice_questions: list[ChoiceQuestion] = []
-    open_questions: list[OpenQuestion] = []
-    for number, line in enumerate(_lines(path), 1):
-        place = f"{path}, line {number}"
-        record = _record(place, line)
-        if record is None:
-            continue
-        if "choices" in record:
-            choice_questions.append(_choice_question(place, record))
-        else:
-            open_questions.append(OpenQuestion(_text(place, record, "question"), _text(place, record, "answer")))
-        if choice_questions and open_questions:
-            raise _error(place, "is of another kind than the lines before: with or without choices, not both")
-    if not choice_questions and not open_questions:
+    questions: list[Question] = []
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        for number, line in enumerate(_lines(file), 1):
+            place = f"{file}, line {number}"
+            record = _record(place, line)
+            if record is None:
+                continue
+            questions.append(_question(place, record))
+            if type(questions[-1]) is not type(questions[0]):
+                raise _error(
+                    place, "is of another kind than the lines before: with choices, with tests or with neither"
+                )
+    if not questions:
         raise ConfigError("tasks", f"{path} has no records")
-    return choice_questions or open_questions
+    return questions
+
+
+def _question(place: str, record: dict[str, Any]) -> Question:
+    if "choices" in record:
+        return _choice_question(place, record)
+    if "entry_point" in record:
+        beginning, entry_point = _text(place, record, "prompt"), _text(place, record, "entry_point")
+        question = f"Complete this Python function. Answer with all of its code.\n```python\n{beginning}\n```"
+        tests = f"{_text(place, record, 'test')}\ncheck({entry_point})"
+        return ProgramQuestion(question, tests, beginning, entry_point)
+    if "test_list" in record:
+        statements = _statements(place, record, "test_list")
+        asked = _text(place, record, "text" if "text" in record else "prompt")
+        question = f"{asked}\nWrite a Python function that passes these tests:\n```python\n{statements}\n```"
+        imports = _statements(place, record, "test_imports") if record.get("test_imports") else ""
+        return ProgramQuestion(question, f"{imports}\n{statements}".lstrip())
+    if "tests" in record:
+        return ProgramQuestion(_text(place, record, "question"), _statements(place, record, "tests"))
+    return OpenQuestion(_text(place, record, "question"), _text(place, record, "answer"))
+
+
+def _statements(place: str, record: dict[str, Any], name: str) -> str:
+    statements = record[name]
+    if not isinstance(statements, list) or not statements:
+        raise _error(place, f"must have a list of Python statements for {name}")
+    return "\n".join(_checked_text(place, f"{name} {number}", own) for number, own in enumerate(statements))
 
 
 def _error(place: str, description: str) -> ConfigError:

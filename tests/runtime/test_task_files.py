@@ -93,6 +93,7 @@ def test_a_file_of_something_else_is_refused(content: bytes, complaint: str, tmp
     assert complaint in refusal(path)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_without_any_are_refused(tmp_path: Path) -> None:
     assert "cannot be read: No such file" in refusal(tmp_path / "missing.jsonl")
-    assert "cannot be read" in refusal(tmp_path)
+    (tmp_path / "questions.txt").write_text("no questions")
+    assert "has no records" in refusal(tmp_path)
