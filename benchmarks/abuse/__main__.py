@@ -13,14 +13,13 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import grpc
 import psutil
-import trustme
 
 from benchmarks.abuse.attacks import ATTACKS
 from benchmarks.abuse.bystander import Bystander
 from benchmarks.soak.report import Finding, finding, run_parts
 from benchmarks.soak.service import Service, running_service
+from tests.server.authority import Authority
 from tests.server.server_harness import FAKE_WORKER, fake_model, write_model_folder, write_tokens
 
 SECONDS = 20.0
@@ -42,10 +41,11 @@ async def run(name: str, seconds: float = SECONDS, slack: float = 1.0) -> list[F
         folder = Path(made)
         model = fake_model(write_model_folder(folder / "model"), token_seconds=0.005)
         token_file = write_tokens(folder, **tokens)
-        credentials = _credentials(folder) if "tls" in name else None
+        authority = Authority(folder) if "tls" in name else None
+        credentials = authority.credentials() if authority else None
         settings: dict[str, object] = {"context_length": 65_536, "cache_tokens": 1 << 20, "max_queue_tokens": 1 << 22}
-        if credentials is not None:
-            settings |= {"tls_certificate_file": folder / "server.pem", "tls_key_file": folder / "server.key"}
+        if authority is not None:
+            settings |= authority.settings()
         async with running_service(
             folder, credentials, worker_command=FAKE_WORKER, model=model, token_file=token_file, **settings
         ) as service:
@@ -83,15 +83,6 @@ async def run(name: str, seconds: float = SECONDS, slack: float = 1.0) -> list[F
         finding("tracebacks and lines in the log", f"0, ≤ {most_lines}", f"{num_tracebacks}, {num_lines}",
                 num_tracebacks == 0 and num_lines <= most_lines),
     ]  # fmt: skip
-
-
-def _credentials(folder: Path) -> grpc.ChannelCredentials:
-    """Writes a certificate and its key, and returns what a client needs to trust it."""
-    authority = trustme.CA()
-    leaf = authority.issue_cert("localhost")
-    leaf.private_key_pem.write_to_path(folder / "server.key")
-    leaf.cert_chain_pems[0].write_to_path(folder / "server.pem")
-    return grpc.ssl_channel_credentials(authority.cert_pem.bytes())
 
 
 def _memory(service: Service) -> int:

@@ -133,7 +133,7 @@ async def many_messages(port: int, tokens: Tokens) -> None:
                     await session.write(request.SerializeToString())
                     await session.read()
 
-    channels = [grpc.aio.insecure_channel(f"{_HOST}:{port}") for _ in tokens]
+    channels = [_channel(port) for _ in tokens]
     pairs = list(zip(channels, tokens, strict=True))
     await _all([*(calls(*pair) for pair in pairs), *(sessions(*pair) for pair in pairs)])
 
@@ -173,7 +173,7 @@ async def cancelled_grammars(port: int, tokens: Tokens) -> None:
     request = _with_schema({"type": "object", "properties": properties, "required": list(properties)})
 
     async def caller(token: str | None) -> None:
-        channel = grpc.aio.insecure_channel(f"{_HOST}:{port}")
+        channel = _channel(port)
         while True:
             calls = [channel.unary_unary(frames.GENERATE)(request, metadata=_bearer(token)) for _ in range(8)]
             await asyncio.sleep(0.02)
@@ -189,7 +189,7 @@ async def deadly_grammars(port: int, tokens: Tokens) -> None:
     request = _with_schema({"allOf": patterns})
 
     async def caller(token: str | None) -> None:
-        channel = grpc.aio.insecure_channel(f"{_HOST}:{port}")
+        channel = _channel(port)
         while True:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 await channel.unary_unary(frames.GENERATE)(request, metadata=_bearer(token))
@@ -297,6 +297,11 @@ ATTACKS: dict[str, Callable[[int, Tokens], Awaitable[None]]] = {
 
 async def _all(tasks: "Iterator[Awaitable[None]] | Sequence[Awaitable[None]]") -> None:
     await asyncio.gather(*tasks)
+
+
+def _channel(port: int) -> grpc.aio.Channel:
+    """A channel with a connection of its own."""
+    return grpc.aio.insecure_channel(f"{_HOST}:{port}", options=[("grpc.use_local_subchannel_pool", 1)])
 
 
 def _with_schema(schema: dict[str, object]) -> bytes:

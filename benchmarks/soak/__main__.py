@@ -6,13 +6,24 @@
 import argparse
 import sys
 
-from benchmarks.soak import connections, corrupt_files, deaths, draining, fuzz, other_clients, ray_faults, streams
+from benchmarks.soak import (
+    chaos,
+    connections,
+    corrupt_files,
+    deaths,
+    draining,
+    fuzz,
+    other_clients,
+    ray_faults,
+    streams,
+)
 from benchmarks.soak.report import Part, run_parts
 
 PARTS: dict[str, Part] = {
     "streams": ("64 streams at once for ten minutes", streams.run),
     "deaths": ("The worker killed ten times under load", deaths.run),
     "drain": ("SIGTERM with 32 streams", draining.run_drain),
+    "chaos": ("Worker, disk, certificates and collector broken under load", chaos.run),
     "slow-reader": ("A reader that takes one message a second", draining.run_slow_reader),
     "fuzz": ("200,000 fuzzed requests", fuzz.run),
     "connections": ("10,000 connections, and pings", connections.run),

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import grpc
 
+from benchmarks.soak.callers import Sessions, callers, whole_answer
 from benchmarks.soak.mixed_requests import mixed_request
 from benchmarks.soak.report import Finding, finding
-from benchmarks.soak.service import STUCK_SECONDS, Outcomes, model_variables, running_service
+from benchmarks.soak.service import Outcomes, model_variables, running_service
 
 
 async def run(
@@ -24,37 +25,31 @@ async def run(
     restarts: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         async with running_service(Path(folder), **model_variables(tiny_model, folder)) as service:
-            is_over = asyncio.Event()
             killed_at = [0.0]
             ends: list[float] = []
+            sessions = Sessions(service)
 
-            async def caller(rng: random.Random) -> None:
-                while not is_over.is_set():
-                    error: BaseException | None = None
-                    try:
-                        async with asyncio.timeout(STUCK_SECONDS):
-                            await service.generate(mixed_request(rng, is_tiny=tiny_model is not None))
-                    except (grpc.aio.AioRpcError, TimeoutError) as caught:
-                        error = caught
-                        if _is_unavailable(error) and "while it had" in str(error):
-                            ends.append(time.monotonic() - killed_at[0])
-                    outcomes.add(error)
-                    if error is not None:
-                        await asyncio.sleep(0.25)
+            async def request(rng: random.Random) -> None:
+                source = rng.choice([service, sessions])
+                try:
+                    await whole_answer(source.stream(mixed_request(rng, is_tiny=tiny_model is not None)))
+                except grpc.RpcError as error:
+                    if error.code() is grpc.StatusCode.UNAVAILABLE and "while it had" in (error.details() or ""):
+                        ends.append(time.monotonic() - killed_at[0])
+                    raise
 
-            callers = [asyncio.create_task(caller(random.Random(f"death {number}"))) for number in range(num_callers)]
-            for _ in range(num_kills):
-                await asyncio.sleep(seconds_between)
-                ends.clear()
-                (worker,) = service.server.workers()
-                killed_at[0] = time.monotonic()
-                os.kill(worker.pid, signal.SIGKILL)
-                await service.wait_until_serving(False)
-                await service.wait_until_serving()
-                restarts.append(time.monotonic() - killed_at[0])
-                slowest_end = max(slowest_end, *ends, 0.0)
-            is_over.set()
-            await asyncio.gather(*callers)
+            async with callers(num_callers, "death", request, outcomes):
+                for _ in range(num_kills):
+                    await asyncio.sleep(seconds_between)
+                    ends.clear()
+                    (worker,) = service.server.workers()
+                    killed_at[0] = time.monotonic()
+                    os.kill(worker.pid, signal.SIGKILL)
+                    await service.wait_until_serving(False)
+                    await service.wait_until_serving()
+                    restarts.append(time.monotonic() - killed_at[0])
+                    slowest_end = max(slowest_end, *ends, 0.0)
+            await sessions.close()
             await service.generate(mixed_request(random.Random(1), is_tiny=tiny_model is not None))
     codes = set(outcomes.codes)
     return [
@@ -65,7 +60,3 @@ async def run(
         finding("SERVING again", f"{num_kills} times", f"{len(restarts)} times, after {min(restarts):.1f} to "
                 f"{max(restarts):.1f} s", len(restarts) == num_kills),
     ]  # fmt: skip
-
-
-def _is_unavailable(error: BaseException) -> bool:
-    return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNAVAILABLE

@@ -4,10 +4,10 @@ import asyncio
 import signal
 import tempfile
 import time
+from contextlib import aclosing
 from pathlib import Path
 
-import grpc
-
+from benchmarks.soak.callers import Sessions
 from benchmarks.soak.report import Finding, finding
 from benchmarks.soak.service import Service, running_service
 from dash_api.v1 import generation_pb2
@@ -16,34 +16,35 @@ from tests.server.server_harness import FAKE_WORKER, fake_model, generation_requ
 _TOKENS = 64
 
 
-def _stream(service: Service, **parameters: object) -> grpc.aio.UnaryStreamCall:
-    request = generation_pb2.StreamGenerateRequest(parameters=generation_request(**parameters).parameters)
-    return service.generation.StreamGenerate(request)
-
-
 async def run_drain(num_streams: int = 32) -> list[Finding]:
-    """Runs the embedded model. Half of the streams wait for a slot when the signal comes."""
+    """Runs the embedded model. Half of the streams are one session's; half wait for a slot when the signal comes."""
     with tempfile.TemporaryDirectory() as folder:
         async with running_service(Path(folder), shutdown_grace_seconds=120) as service:
             stopping = generation_pb2.StoppingParameters(max_new_tokens=_TOKENS, ignore_eos=True)
-            calls = [_stream(service, text="Once upon a time", stopping=stopping) for _ in range(num_streams)]
-            await calls[0].read()
+            parameters = generation_request(text="Once upon a time", stopping=stopping).parameters
+            sessions, has_begun = Sessions(service), asyncio.Event()
+
+            async def last_message(source: Service | Sessions) -> generation_pb2.StreamGenerateResponse:
+                last = generation_pb2.StreamGenerateResponse()
+                async for message in source.stream(parameters):
+                    has_begun.set()
+                    last = message
+                return last
+
+            streams = [asyncio.create_task(last_message(own)) for own in (service, sessions) * (num_streams // 2)]
+            await has_begun.wait()
+            await asyncio.sleep(0.5)  # until all have arrived
             service.server.process.send_signal(signal.SIGTERM)
-            ends = await asyncio.gather(*map(_last_message, calls))
+            ends = await asyncio.gather(*streams, return_exceptions=True)
             code, log = await asyncio.to_thread(service.server.outcome, 60.0)
-    num_complete = sum(end.finished.usage.output_token_count == _TOKENS for end in ends)
+    num_complete = sum(
+        not isinstance(end, BaseException) and end.finished.usage.output_token_count == _TOKENS for end in ends
+    )
     return [
         finding(f"streams of {num_streams} that were complete after SIGTERM", str(num_streams), num_complete,
                 num_complete == num_streams),
         finding("exit code", "0", code, code == 0 and "Traceback" not in log),
     ]  # fmt: skip
-
-
-async def _last_message(call: grpc.aio.UnaryStreamCall) -> generation_pb2.StreamGenerateResponse:
-    last = generation_pb2.StreamGenerateResponse()
-    while (message := await call.read()) is not grpc.aio.EOF:
-        last = message
-    return last
 
 
 async def run_slow_reader(seconds: float = 60) -> list[Finding]:
@@ -54,19 +55,20 @@ async def run_slow_reader(seconds: float = 60) -> list[Finding]:
         variables = {"model": model, "context_length": 40_000, "cache_tokens": 40_000, "max_new_tokens": 40_000}
         async with running_service(Path(folder), worker_command=FAKE_WORKER, **variables) as service:
             output = generation_pb2.OutputOptions(return_decisions=True)
-            call = _stream(service, text="abc", max_new_tokens=39_000, output=output)
+            parameters = generation_request(text="abc", max_new_tokens=39_000, output=output).parameters
             sizes: list[int] = []
-            num_tokens = num_messages = 0
+            num_tokens = 0
             until = time.monotonic() + seconds
-            while time.monotonic() < until and (message := await call.read()) is not grpc.aio.EOF:
-                num_messages += 1
-                num_tokens += len(message.delta.token_ids)
-                sizes.append(service.rss_bytes())
-                await asyncio.sleep(1)
-            call.cancel()
+            async with aclosing(service.stream(parameters)) as stream:
+                async for message in stream:
+                    num_tokens += len(message.delta.token_ids)
+                    sizes.append(service.rss_bytes())
+                    await asyncio.sleep(1)
+                    if time.monotonic() > until:
+                        break
     settled = sizes[2:]
     growth = max(settled) / settled[0] - 1
     return [
-        finding(f"memory while a client read {num_messages} messages in {seconds:g} s", "flat, < 3 %",
+        finding(f"memory while a client read {len(sizes)} messages in {seconds:g} s", "flat, < 3 %",
                 f"{growth:+.1%}, {num_tokens} tokens in them", growth < 0.03),
     ]  # fmt: skip

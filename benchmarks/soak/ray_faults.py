@@ -19,11 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import grpc
 import psutil
 
+from benchmarks.soak.callers import Sessions, callers, whole_answer
 from benchmarks.soak.report import Finding, finding
-from benchmarks.soak.service import STUCK_SECONDS, Outcomes, Service, running_service
+from benchmarks.soak.service import Outcomes, Service, running_service
 from dash_api.v1 import model_pb2, model_pb2_grpc
 from tests.ray_cluster import actor_of, add_node, ray_cluster, worker_processes
 from tests.server.server_harness import FAKE_WORKER, fake_model, generation_request, write_model_folder
@@ -54,35 +54,25 @@ async def run(seconds: float = 600, seconds_between: float = 20, num_streams: in
         }
         async with running_service(Path(folder), worker_command=FAKE_WORKER, **variables) as service:
             await _wait_for_workers(service)
-            is_over = asyncio.Event()
+            sessions = Sessions(service)
 
-            async def caller(rng: random.Random) -> None:
+            async def request(rng: random.Random) -> None:
                 nonlocal num_wrong
-                while not is_over.is_set():
-                    text, number = rng.choice(_TEXTS), rng.randint(4, 200)
-                    error: BaseException | None = None
-                    try:
-                        async with asyncio.timeout(STUCK_SECONDS):
-                            answer = await service.generate(
-                                generation_request(text=text, max_new_tokens=number).parameters
-                            )
-                        num_wrong += answer.output.text != "".join(itertools.islice(itertools.cycle(text), number))
-                    except (grpc.aio.AioRpcError, TimeoutError) as caught:
-                        error = caught
-                    outcomes.add(error)
-                    if error is not None:
-                        await asyncio.sleep(0.25)
+                text, number = rng.choice(_TEXTS), rng.randint(4, 200)
+                parameters = generation_request(text=text, max_new_tokens=number).parameters
+                source = rng.choice([service, sessions])
+                answer = "".join(message.delta.text for message in await whole_answer(source.stream(parameters)))
+                num_wrong += answer != "".join(itertools.islice(itertools.cycle(text), number))
 
-            callers = [asyncio.create_task(caller(random.Random(f"ray {number}"))) for number in range(num_streams)]
             until, names = time.monotonic() + seconds, _faults(cluster)
-            while time.monotonic() < until:
-                await asyncio.sleep(seconds_between)
-                sizes.append(psutil.Process(service.server.process.pid).memory_info().rss)
-                faults.append(next(names)())  # here, since Ray adds nodes in the main thread only
-            await asyncio.sleep(2)  # until the last fault is noticed
-            restored = await _wait_for_workers(service)
-            is_over.set()
-            await asyncio.gather(*callers)
+            async with callers(num_streams, "ray", request, outcomes):
+                while time.monotonic() < until:
+                    await asyncio.sleep(seconds_between)
+                    sizes.append(psutil.Process(service.server.process.pid).memory_info().rss)
+                    faults.append(next(names)())  # here, since Ray adds nodes in the main thread only
+                await asyncio.sleep(2)  # until the last fault is noticed
+                restored = await _wait_for_workers(service)
+            await sessions.close()
             code, log = await asyncio.to_thread(service.server.end, signal.SIGTERM)
         num_left = len(worker_processes())
     growth = sizes[-1] / sizes[len(sizes) // 3] - 1

@@ -25,6 +25,12 @@ def finding(what: str, must: str, seen: object, held: bool) -> Finding:
     return Finding(what, must, str(seen), held)
 
 
+def first_traceback(log: str) -> str:
+    """Returns the log around the first traceback, so that a rare one can be understood; nothing without one."""
+    place = log.find("Traceback")
+    return "" if place < 0 else f": {log[max(0, place - 500) : place + 2500]}"
+
+
 def run_parts(parts: Mapping[str, Part]) -> int:
     """Runs parts one after another, and prints what they find; returns the exit code."""
     failed = []

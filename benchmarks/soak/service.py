@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,14 @@ from tests.server.server_harness import ServerProcess, open_channel, server_proc
 START_SECONDS = 600.0
 STUCK_SECONDS = 120.0
 """A call that has not ended by then is stuck."""
+
+
+class ServerEnded(Exception):
+    """A server has ended by itself."""
+
+    def __init__(self, code: int, log: str) -> None:
+        super().__init__(f"exit code {code}: {log}")
+        self.code, self.log = code, log
 
 
 @dataclass
@@ -44,7 +52,8 @@ class Service:
     async def wait_until_serving(self, is_serving: bool = True) -> None:
         async with asyncio.timeout(START_SECONDS):
             while await self.is_serving() != is_serving:
-                assert self.server.process.poll() is None, self.server.log.read_text()
+                if self.server.process.poll() is not None:
+                    raise ServerEnded(*self.server.outcome())
                 await asyncio.sleep(0.05)
 
     def processes(self) -> list[psutil.Process]:
@@ -69,12 +78,28 @@ class Service:
             generation_pb2.GenerateRequest(parameters=parameters), timeout=STUCK_SECONDS
         )
 
+    async def stream(
+        self, parameters: generation_pb2.GenerationParameters, timeout: float | None = None
+    ) -> AsyncGenerator[generation_pb2.StreamGenerateResponse]:
+        """Yields the messages of an answer in a call of its own, which ends when this is closed.
+
+        Raises:
+            grpc.RpcError: it ended with another status than OK.
+        """
+        call = self.generation.StreamGenerate(generation_pb2.StreamGenerateRequest(parameters=parameters),
+                                              timeout=timeout)  # fmt: skip
+        try:
+            async for message in call:
+                yield message
+        finally:
+            call.cancel()
+
 
 def model_variables(tiny_model: Path | None, folder: str) -> dict[str, object]:
     """Returns settings for the embedded model as usually served, or for a tiny one, eager and with its own cache."""
     if tiny_model is None:
         return {"model": "embedded"}
-    tiny = {"model": tiny_model, "compile": False, "num_threads": 1, "cache_folder": f"{folder}/cache"}
+    tiny = {"model": tiny_model, "native": "off", "num_threads": 1, "cache_folder": f"{folder}/cache"}
     # Plans for a budget are compared with those of another start.
     return tiny | {"check_costs": False, "measure_first": True}
 
@@ -113,7 +138,7 @@ class Outcomes:
             self.codes["OK"] += 1
         elif isinstance(error, TimeoutError):
             self.codes["STUCK"] += 1
-        elif isinstance(error, grpc.aio.AioRpcError):
+        elif isinstance(error, grpc.RpcError):
             self.codes[error.code().name] += 1
         else:
             self.codes[type(error).__name__] += 1

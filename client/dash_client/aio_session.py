@@ -32,8 +32,7 @@ class AsyncSession:
         """`open_call` begins the call of a stream with its requests."""
         self._calls = calls
         self._retries = retries
-        self._open_call = open_call
-        self._streams = SessionStreams(self._open)
+        self._streams = SessionStreams(lambda: open_stream(open_call, self._readers))
         self._readers: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -77,14 +76,16 @@ class AsyncSession:
     def _start(self, call: StreamCall) -> AsyncGenerationStream:
         return AsyncGenerationStream(_Generation(self._streams, call, self._retries), state_of(call))
 
-    def _open(self) -> SessionStream:
-        requests: asyncio.Queue[bytes | None] = asyncio.Queue()
-        call = self._open_call(_until_none(requests))
-        stream = SessionStream(requests.put_nowait, call.cancel)
-        reader = asyncio.create_task(_read(call, stream))
-        self._readers.add(reader)
-        reader.add_done_callback(self._readers.discard)
-        return stream
+
+def open_stream(open_call: Callable[[AsyncIterator[bytes]], Any], readers: set[asyncio.Task[None]]) -> SessionStream:
+    """Opens a session's stream, whose call `open_call` begins. A task of `readers` reads it to its end."""
+    requests: asyncio.Queue[bytes | None] = asyncio.Queue()
+    call = open_call(_until_none(requests))
+    stream = SessionStream(requests.put_nowait, call.cancel)
+    reader = asyncio.create_task(_read(call, stream))
+    readers.add(reader)
+    reader.add_done_callback(readers.discard)
+    return stream
 
 
 async def _until_none(requests: asyncio.Queue[bytes | None]) -> AsyncIterator[bytes]:

@@ -34,6 +34,11 @@ class Failure(grpc.RpcError):
         super().__init__(message)
         self._code, self._message, self._details = code, message, details
 
+    @classmethod
+    def of(cls, error: generation_pb2.SessionError) -> "Failure":
+        """Returns what the server says of a generation that has failed."""
+        return cls(_CODES.get(error.code, grpc.StatusCode.UNKNOWN), error.message, error.details)
+
     def code(self) -> grpc.StatusCode:
         return self._code
 
@@ -192,8 +197,7 @@ class Attempts:
         if isinstance(item, grpc.RpcError):
             return self._pause(item)
         if item.HasField("error"):
-            code = _CODES.get(item.error.code, grpc.StatusCode.UNKNOWN)
-            return self._pause(Failure(code, item.error.message, item.error.details))
+            return self._pause(Failure.of(item.error))
         self._has_begun = True
         if item.response.HasField("finished"):
             self._num_answers_left -= 1

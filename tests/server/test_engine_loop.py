@@ -125,7 +125,7 @@ def test_a_model_policy_or_device_that_cannot_be_used_is_named_and_the_worker_en
     (tmp_path / "foreign.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     (tmp_path / "corrupt.gguf").write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 64)
     given = {"model": str(tiny_folder), **{name: value.format(folder=tmp_path) for name, value in settings.items()}}
-    config = Settings(cache_folder=tmp_path, compile=False, **given).worker_config()
+    config = Settings(cache_folder=tmp_path, native="off", **given).worker_config()
     server, worker = socket.socketpair()
     with server, worker:
         server.settimeout(30)

@@ -1,10 +1,10 @@
-"""Runs short versions of what `make soak` runs for half an hour."""
+"""Runs short versions of what `make soak` runs for three quarters of an hour."""
 
 from pathlib import Path
 
 import pytest
 
-from benchmarks.soak import connections, deaths, draining, fuzz, streams
+from benchmarks.soak import chaos, connections, deaths, draining, fuzz, streams
 from benchmarks.soak.report import Finding
 
 
@@ -32,3 +32,12 @@ async def test_dropped_connections_leave_nothing() -> None:
 
 async def test_a_slow_reader_costs_no_memory() -> None:
     assert_held(await draining.run_slow_reader(5))
+
+
+@pytest.mark.parametrize("fault", sorted(set(chaos.FAULTS) - {"damaged-native-code", "small-disk"}))
+async def test_what_a_server_stands_on_breaks_and_callers_have_a_result_or_unavailable(
+    fault: str, tiny_folder: Path
+) -> None:
+    if "disk" in fault and not chaos.can_mount():
+        pytest.skip("needs user namespaces, to mount a disk")
+    assert_held(await chaos.run(tiny_folder, [fault], pace=0.25))

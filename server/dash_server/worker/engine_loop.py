@@ -23,7 +23,7 @@ from dash_runtime.errors import DashRuntimeError, InvalidRequest
 from dash_runtime.events import CostStatus, EngineEvent, RequestRefused
 from dash_runtime.startup.build import BuildOptions, build_engine
 from dash_runtime.startup.forecast import tell_needs
-from dash_runtime.startup.native_code import begin_to_compile
+from dash_runtime.startup.native_code import NativeCode, begin_to_compile
 from dash_runtime.startup.packed_files import WeightsPlace
 from dash_runtime.startup.process_memory import settle_memory
 from dash_server.worker import messages
@@ -78,8 +78,9 @@ class EngineLoop:
         started = time.monotonic()
         try:
             cache_folder = Path(config.cache_folder)
-            if config.native_code and config.devices[0] in ("auto", "cpu") and not torch.cuda.is_available():
-                begin_to_compile(cache_folder)
+            native_code = NativeCode(config.native_code)
+            if config.devices[0] in ("auto", "cpu") and not torch.cuda.is_available():
+                begin_to_compile(cache_folder, native_code)
             if not config.serves_first:
                 tell_needs(config.model, cache_folder, config.engine, self._tell)
             folder = resolve_checkpoint(config.model, config.revision, cache_folder, self._tell)
@@ -91,7 +92,7 @@ class EngineLoop:
                 policy_file,
                 None if config.actions is None else [Action[name] for name in config.actions],
                 WeightsPlace(config.weights),
-                native_code=config.native_code,
+                native_code=native_code,
                 use_graphs=config.use_graphs,
                 checks_kept_costs=config.checks_costs,
                 serves_first=config.serves_first,

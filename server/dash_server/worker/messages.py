@@ -27,7 +27,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, tag=True):
     precision: str
     """The FULL action's weights: `bfloat16` or `float32`."""
     num_threads: int | None
-    native_code: bool
+    native_code: str
+    """`auto`, `build` or `off`."""
     actions: tuple[str, ...] | None
     """The names of the actions to offer; None: what fits well into the memory that is free."""
     weights: str

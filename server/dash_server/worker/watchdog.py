@@ -23,13 +23,13 @@ async def kill_when_silent(worker: Worker, heard_at: Callable[[], float], timeou
     interval = min(_MAX_PING_SECONDS, timeout / 4)
     silence, looked_at = 0.0, time.monotonic()
     while True:
-        await asyncio.sleep(interval)
+        await asyncio.sleep(min(interval, max(timeout - silence, interval / 10)))
         now = time.monotonic()
         # While this process was stopped itself, it could not have heard anything.
         since_look = min(now - looked_at, 2 * interval)
         silence = min(silence + since_look, now - heard_at())
         looked_at = now
-        if silence > timeout:
+        if silence >= timeout:
             logger.error(
                 "%s has said nothing for %.1f s (DASH_WORKER_TIMEOUT_SECONDS) and is killed", worker.name, silence
             )
