@@ -2,6 +2,7 @@
 
 import os
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_all_parts_go_together(tmp_path: Path) -> None:
     for manifest in manifests:
         validate(manifest, VERSIONS[-1])
     (server,) = pod_of(manifests)["containers"]
-    assert server["image"] == "dash-llm:0.1.0-cuda"
+    assert server["image"] == "dash-llm:0.2.0-cuda"
     assert {port["name"] for port in server["ports"]} == {"grpc", "metrics"}
     assert {"DASH_METRICS_PORT", "DASH_TLS_KEY_FILE"} <= settings_of(manifests).keys()
     assert {manifest["kind"] for manifest in manifests} >= FOREIGN_KINDS
@@ -245,6 +246,6 @@ async def test_every_metric_and_method_that_the_files_name_exists(tmp_path: Path
 def test_the_model_is_prepared_by_one_pod_at_a_time_on_the_cache_that_they_share() -> None:
     (step,) = pod_of(base())["initContainers"]
     flock, _, lock, *command = step["command"]
-    assert (flock, command) == ("flock", ["dash-serve", "--prepare"])
+    assert (flock, command) == ("flock", ["dash-server", "--prepare"])
+    assert command[0] in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert any(lock.startswith(f"{mount['mountPath']}/") for mount in step["volumeMounts"])
-    assert (ROOT / "deploy" / "image" / command[0]).exists()

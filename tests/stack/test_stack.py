@@ -22,6 +22,8 @@ import pytest
 from dash_client import DashClient
 
 ROOT = Path(__file__).resolve().parents[2]
+STAND_INS = ROOT / "build" / "stand-ins.env"
+"""Names of images that .ci/make-stack-images made where no registry can be reached."""
 SERVER = "dash-test-server-1"
 TARGET = "127.0.0.1:50051"
 JAEGER = "http://127.0.0.1:16686"
@@ -47,7 +49,8 @@ pytestmark = [
 
 def compose(*arguments: str, seconds: float = 300) -> str:
     """Runs compose in a project of its own; returns stdout, and shows stderr if it fails."""
-    command = ["docker", "compose", "--project-name", "dash-test", "--profile", "metrics", *arguments]
+    own = ["--env-file", str(STAND_INS)] if STAND_INS.exists() else []
+    command = ["docker", "compose", *own, "--project-name", "dash-test", "--profile", "metrics", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
