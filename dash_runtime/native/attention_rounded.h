@@ -216,8 +216,10 @@ class RoundedBlock {
           first += from_bf16(tile.first_key + channel) * load<Floats>(queries[own].query + channel);
         const Floats high = (Floats)_mm512_cvtepi32_ps(sums[next][own][0]),
                      low = (Floats)_mm512_cvtepi32_ps(sums[next][own][1]);
+        // By name: where a product and its sum become one instruction differs between kernels, if compilers choose.
         store(scores[own] + (number + next) * kRoundedPositions,
-              (high * 256.0f + low) * rounded[own].scale * key_scales + sum(first));
+              _mm512_fmadd_ps((__m512)((high * 256.0f + low) * rounded[own].scale), (__m512)key_scales,
+                              (__m512)filled(sum(first))));
       }
     }
   }

@@ -25,6 +25,15 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 272}
 """Small sizes that the native code can take."""
 NUM_THREADS = 2
 BUDGETS = (0.5, 0.85)
+WIDE = {
+    "hidden_size": 576,
+    "intermediate_size": 768,
+    "vocab_size": 1024,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "initializer_range": 0.05,
+}
+"""Wide enough for sums whose bits depend on their order, as those of the library's products for many rows do."""
 
 MAX_DIVERGENCE = 0.01
 """Nats. Rounding to bf16 at other places makes a tenth of this, plans in another order a hundred times as much."""

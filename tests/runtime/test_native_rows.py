@@ -15,24 +15,13 @@ from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.native.library import NativeLibrary
 from dash_runtime.native.model import HeadRows
 from dash_runtime.passes import Limit, PassPlan, PassResult, RowPlan
-from tests.runtime.native_model import MAX_DIVERGENCE, SIZES, assert_same_cache, divergence, native_decoder
+from tests.runtime.native_model import MAX_DIVERGENCE, SIZES, WIDE, assert_same_cache, divergence, native_decoder
 from tests.runtime.support import ALL_ACTIONS, full_plan, load_decoder, run_rows, some_affine, some_low_rank
 from tests.tiny_models import save_tiny_model
 
 BLOCK = 64
 """Positions that attention takes at once."""
 Ids = Sequence[int]
-
-
-WIDE = {
-    "hidden_size": 576,
-    "intermediate_size": 768,
-    "vocab_size": 1024,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "initializer_range": 0.05,
-}
-"""Wide enough for sums whose bits depend on their order, as those of the library's products for many rows do."""
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2-sliding-window", "gemma3", "qwen3-moe"])
