@@ -42,6 +42,21 @@ async def callers(
         await asyncio.gather(*running)
 
 
+@asynccontextmanager
+async def callers_of(
+    service: Service,
+    number: int,
+    seed: str,
+    request: "Callable[[random.Random, Service | Sessions], Awaitable[None]]",
+    outcomes: Outcomes,
+) -> AsyncIterator[None]:
+    """Runs `callers`, each of whose requests is told to go to the service in a call of its own, or within a session."""
+    sessions = Sessions(service)
+    async with callers(number, seed, lambda rng: request(rng, rng.choice([service, sessions])), outcomes):
+        yield
+    await sessions.close()
+
+
 async def whole_answer(
     messages: AsyncGenerator[generation_pb2.StreamGenerateResponse],
 ) -> list[generation_pb2.StreamGenerateResponse]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from benchmarks.soak.callers import Sessions, callers, whole_answer
+from benchmarks.soak.callers import Sessions, callers, callers_of, whole_answer
 from benchmarks.soak.mixed_requests import mixed_request
 from benchmarks.soak.report import Finding, finding
 from benchmarks.soak.service import Outcomes, ServerEnded, Service, model_variables, running_service
@@ -44,15 +44,11 @@ async def run(tiny_model: Path | None = None, only: Sequence[str] = (), pace: fl
 
 @asynccontextmanager
 async def _callers(service: Service, tiny_model: Path | None, outcomes: Outcomes) -> AsyncIterator[None]:
-    sessions = Sessions(service)
-
-    async def request(rng: random.Random) -> None:
-        source = rng.choice([service, sessions])
+    async def request(rng: random.Random, source: Service | Sessions) -> None:
         await whole_answer(source.stream(mixed_request(rng, is_tiny=tiny_model is not None)))
 
-    async with callers(_CALLERS, "chaos", request, outcomes):
+    async with callers_of(service, _CALLERS, "chaos", request, outcomes):
         yield
-    await sessions.close()
 
 
 def _ends(what: str, outcomes: Outcomes, allowed: set[str], code: int, log: str) -> list[Finding]:

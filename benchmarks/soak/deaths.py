@@ -10,10 +10,10 @@ from pathlib import Path
 
 import grpc
 
-from benchmarks.soak.callers import Sessions, callers, whole_answer
+from benchmarks.soak.callers import Sessions, callers_of, whole_answer
 from benchmarks.soak.mixed_requests import mixed_request
 from benchmarks.soak.report import Finding, finding
-from benchmarks.soak.service import Outcomes, model_variables, running_service
+from benchmarks.soak.service import Outcomes, Service, model_variables, running_service
 
 
 async def run(
@@ -27,10 +27,8 @@ async def run(
         async with running_service(Path(folder), **model_variables(tiny_model, folder)) as service:
             killed_at = [0.0]
             ends: list[float] = []
-            sessions = Sessions(service)
 
-            async def request(rng: random.Random) -> None:
-                source = rng.choice([service, sessions])
+            async def request(rng: random.Random, source: Service | Sessions) -> None:
                 try:
                     await whole_answer(source.stream(mixed_request(rng, is_tiny=tiny_model is not None)))
                 except grpc.RpcError as error:
@@ -38,7 +36,7 @@ async def run(
                         ends.append(time.monotonic() - killed_at[0])
                     raise
 
-            async with callers(num_callers, "death", request, outcomes):
+            async with callers_of(service, num_callers, "death", request, outcomes):
                 for _ in range(num_kills):
                     await asyncio.sleep(seconds_between)
                     ends.clear()
@@ -49,7 +47,6 @@ async def run(
                     await service.wait_until_serving()
                     restarts.append(time.monotonic() - killed_at[0])
                     slowest_end = max(slowest_end, *ends, 0.0)
-            await sessions.close()
             await service.generate(mixed_request(random.Random(1), is_tiny=tiny_model is not None))
     codes = set(outcomes.codes)
     return [

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.soak.callers import Sessions, callers, whole_answer
+from benchmarks.soak.callers import Sessions, callers_of, whole_answer
 from benchmarks.soak.report import Finding, finding
 from benchmarks.soak.service import Outcomes, Service, running_service
 from dash_api.v1 import model_pb2, model_pb2_grpc
@@ -54,25 +54,22 @@ async def run(seconds: float = 600, seconds_between: float = 20, num_streams: in
         }
         async with running_service(Path(folder), worker_command=FAKE_WORKER, **variables) as service:
             await _wait_for_workers(service)
-            sessions = Sessions(service)
 
-            async def request(rng: random.Random) -> None:
+            async def request(rng: random.Random, source: Service | Sessions) -> None:
                 nonlocal num_wrong
                 text, number = rng.choice(_TEXTS), rng.randint(4, 200)
                 parameters = generation_request(text=text, max_new_tokens=number).parameters
-                source = rng.choice([service, sessions])
                 answer = "".join(message.delta.text for message in await whole_answer(source.stream(parameters)))
                 num_wrong += answer != "".join(itertools.islice(itertools.cycle(text), number))
 
             until, names = time.monotonic() + seconds, _faults(cluster)
-            async with callers(num_streams, "ray", request, outcomes):
+            async with callers_of(service, num_streams, "ray", request, outcomes):
                 while time.monotonic() < until:
                     await asyncio.sleep(seconds_between)
                     sizes.append(psutil.Process(service.server.process.pid).memory_info().rss)
                     faults.append(next(names)())  # here, since Ray adds nodes in the main thread only
                 await asyncio.sleep(2)  # until the last fault is noticed
                 restored = await _wait_for_workers(service)
-            await sessions.close()
             code, log = await asyncio.to_thread(service.server.end, signal.SIGTERM)
         num_left = len(worker_processes())
     growth = sizes[-1] / sizes[len(sizes) // 3] - 1
