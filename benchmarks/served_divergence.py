@@ -21,7 +21,7 @@ from dash_runtime.checkpoints import EMBEDDED, default_cache_folder, resolve_che
 from dash_runtime.config import Mode, SkipOptions
 from dash_runtime.decoder.full_path import full_outputs
 from dash_runtime.events import DepthStatistics
-from dash_runtime.policy.catalog import Assignment, PolicyCatalog
+from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import FixedPlan
@@ -36,10 +36,8 @@ class Rollouts:
     """The model as rollouts run it, beside the engine that serves it."""
 
     def __init__(self, loaded: LoadedModel, catalog: PolicyCatalog, sequences: list[list[int]]) -> None:
-        learned = catalog.assign(SkipOptions(Mode.ADAPTIVE)).policy
-        if isinstance(learned, LearnedPolicy) and learned.head_map is not None:
-            loaded = loaded.with_head_map(learned.head_map)
-        self._decoder, self._catalog, self._sequences = loaded.decoder, catalog, sequences
+        self._decoder = loaded.with_head_of(list(catalog._learned.values())).decoder
+        self._catalog, self._sequences = catalog, sequences
         self._full = full_outputs(self._decoder, sequences)
 
     def told(self, skip: SkipOptions) -> str:
@@ -50,16 +48,12 @@ class Rollouts:
             task = Task(self._decoder, policy.spec, policy.compensation, _PROMPT)
             outcome, actions = greedy_outcome(task, policy.network, self._sequences, assignment.price, self._full)
         else:
-            task = self._fixed(assignment)
+            assert isinstance(policy, FixedPlan)
+            spec = PlanSpec.fixed(policy.plan, policy.head, assignment.costs)
+            task = Task(self._decoder, spec, policy.compensation, _PROMPT)
             outcome, actions = path_outcome(task, self._sequences, full=self._full)
         skips = float((actions == int(Action.SKIP)).sum(dim=0).float().mean())
         return f"rollout {outcome.divergence:.4f} nats, {skips:4.1f} skips"
-
-    def _fixed(self, assignment: Assignment) -> Task:
-        policy = assignment.policy
-        assert isinstance(policy, FixedPlan)
-        spec = PlanSpec.fixed(policy.plan, policy.head, assignment.costs)
-        return Task(self._decoder, spec, policy.compensation, _PROMPT)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from dash_runtime.layers.compensation import Compensation, LowRank, packed, unpa
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.fixed_plans import usable
-from dash_runtime.policy.learned import LearnedPolicy, shared_head_map
+from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import find_policies, load_policy, save_policy
 from dash_runtime.rollout.choices import action_rates
@@ -56,7 +56,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         raise ConfigError("no-table", "leaves nothing to evaluate without --tasks or --last-words")
     model = LoadedModel(options.model_options, say)
     policies = _policies(options, model)
-    model = _with_head_map(model, policies)
+    model = model.with_head_of(policies)
     rows = [] if options.no_table else _table(options, model, policies)
     accuracies: list[Accuracy] = []
     if has_tasks:
@@ -111,7 +111,7 @@ def run_calibrate(options: argparse.Namespace) -> None:
         model, head_map = with_narrow_head(model, sequences[options.sequences :], options.prompt_tokens)
         policy = replace(policy, head_map=head_map)
     else:
-        model = _with_head_map(model, [policy])
+        model = model.with_head_of([policy])
     if policy.head not in policy.costs.head or policy.head not in model.decoder.heads:
         raise ConfigError("head", f"{policy.head.name} is not in the policy's costs, or has no kernel here")
     task = policy_task(model.decoder, policy, options.prompt_tokens)
@@ -172,12 +172,6 @@ def _policies(options: argparse.Namespace, model: LoadedModel) -> list[LearnedPo
     if not policies:
         raise ConfigError("policy", "none is shipped for this model and these actions; name a file with --policy")
     return policies if options.costs is None else [_at_costs(policy, read_costs(options.costs)) for policy in policies]
-
-
-def _with_head_map(model: LoadedModel, policies: Sequence[LearnedPolicy]) -> LoadedModel:
-    """Returns the model with the policies' narrow head, if they have one."""
-    head_map = shared_head_map(policies)
-    return model if head_map is None else model.with_head_map(head_map)
 
 
 def _at_costs(policy: LearnedPolicy, costs: CostTable) -> LearnedPolicy:

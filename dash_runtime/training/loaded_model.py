@@ -30,7 +30,7 @@ from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.linears.grouped_matrix import Rounding
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.linears.rounding_file import load_rounding, rounding_file
-from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.learned import LearnedPolicy, shared_head_map
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.progress import Progress
 from dash_runtime.startup.build import matrix_shapes
@@ -115,6 +115,11 @@ class LoadedModel:
         other._head_map = head_map
         other.__dict__.pop("decoder", None)  # made without it
         return other
+
+    def with_head_of(self, policies: Sequence[LearnedPolicy]) -> "LoadedModel":
+        """Returns the model with the narrow head that serves these policies, if one of them has one."""
+        head_map = shared_head_map(policies)
+        return self if head_map is None else self.with_head_map(head_map)
 
     def measured_costs(self, compensation: Compensation, learned: Sequence[LearnedPolicy] = ()) -> CostTable:
         """Returns what each action costs here: in native code, as a server runs it, or eagerly where there is none.
