@@ -57,7 +57,8 @@ def flags_for(level: Level) -> tuple[str, ...]:
         *("-std=c++17", "-O3", "-shared", "-fPIC"),
         # Left alone, compilers prefer half of AVX-512's width.
         *(("-mprefer-vector-width=512",) if level.machine == "x86_64" else ()),
-        # A product and the sum that it is added to are one instruction, in every loop alike.
+        # A product and the sum that it is added to are one instruction. Compilers see only those that lie in one block
+        # of their own: where kernels could differ in that, the instruction is named.
         *("-ffp-contract=fast", "-fno-math-errno"),
         *level.flags,
     )
