@@ -67,11 +67,12 @@ def load_native_code(
         folder: where compiled code is kept.
         prebuilt: where the package has code; a level that is missing there, or refused, has the next lower one. None:
             all code is compiled here.
-        check: refuses code of the package; what is compiled here is taken as it is.
+        check: refuses code of the package. What has passed on this processor is kept in `folder`; what is compiled
+            here is taken as it is.
     """
     if prebuilt is not None and level is None:
         for own in levels_here():
-            if (library := _from_package(brought(prebuilt, own), own, progress, check)) is not None:
+            if (library := _from_package(brought(prebuilt, own), own, folder, progress, check)) is not None:
                 return library
     path = library_path(folder, level or best_level())
     if (compiling := _compiling.pop(path, None)) is not None and compiling.is_alive():
@@ -111,13 +112,15 @@ def others_may_write(path: Path) -> bool:
     return status.st_uid not in mine or bool(status.st_mode & stat.S_IWOTH) or bool(is_open)
 
 
-def _from_package(path: Path, level: Level, progress: Progress, check: Check) -> NativeLibrary | None:
+def _from_package(path: Path, level: Level, folder: Path, progress: Progress, check: Check) -> NativeLibrary | None:
     if not path.exists():
         return None
     try:
-        _check_digest(path)
+        passed = folder / f"passed-{_digest(path, processor_features())}"
         library = NativeLibrary(path)
-        check(library)
+        if not passed.exists():
+            check(library)
+            _touch(passed)
     except _REASONS as error:
         progress(f"the package's native code for {level.name} is not used: {_reason(error)}")
         return None
@@ -125,11 +128,22 @@ def _from_package(path: Path, level: Level, progress: Progress, check: Check) ->
     return library
 
 
-def _check_digest(path: Path) -> None:
-    # A damaged library must not get as far as the loader, which would crash on a part of one.
+def _digest(path: Path, features: str) -> str:
+    """Returns 16 digits of a library and the processor that runs it.
+
+    A damaged library must not get as far as the loader, which would crash on a part of one.
+    """
     sums = dict(line.split()[::-1] for line in (path.parent / "SHA256SUMS").read_text().splitlines())
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sums.get(path.name):
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != sums.get(path.name):
         raise ValueError(f"{path} is not as it was built")
+    return hashlib.sha256(f"{digest} {features}".encode()).hexdigest()[:16]
+
+
+def _touch(path: Path) -> None:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start a check
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
 def _kept_or_compiled(folder: Path, progress: Progress, level: Level) -> NativeLibrary:

@@ -49,13 +49,29 @@ def load(package: Path, cache: Path, **options: Any) -> tuple[NativeLibrary | No
     return load_native_code(cache, said.append, prebuilt=package, **options), said
 
 
-def test_it_is_used_without_a_compiler_and_nothing_is_written(package: Path, tmp_path: Path) -> None:
+def test_it_is_used_without_a_compiler(package: Path, tmp_path: Path) -> None:
     compile_ahead(tmp_path / "cache", package)
     library, said = load(package, tmp_path / "cache", check=check_native_code)
     assert library is not None
     assert library.name == brought(package, best_level()).stem
     assert said == [f"native code for {best_level().name}, from the package"]
-    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_what_passed_here_is_not_checked_again_where_that_can_be_kept(
+    package: Path, tmp_path: Path, is_kept: bool
+) -> None:
+    cache, checked = tmp_path / "cache", []
+    if not is_kept:
+        cache.touch()  # no folder can be made there
+    for _ in range(2):
+        assert load(package, cache, check=checked.append)[0] is not None
+    assert len(checked) == (1 if is_kept else 2)
+    another_build = tmp_path / "another"
+    another_build.mkdir()
+    add(another_build, best_level(), brought(package, best_level()).read_bytes() + bytes(1))
+    assert load(another_build, cache, check=checked.append)[0] is not None
+    assert len(checked) == (2 if is_kept else 3)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "unlisted"])
