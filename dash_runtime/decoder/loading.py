@@ -43,7 +43,7 @@ def make_decoder(
     has_graphs: bool = False,
     has_int8_head: bool = True,
     has_int4_head: bool = False,
-    has_finer_keys: bool = True,
+    finer_keys: Action | None = Action.INT8,
     rounding: Rounding | None = None,
     head_map: HeadMap | None = None,
     trials: KeptTrials = NO_TRIALS,
@@ -60,15 +60,15 @@ def make_decoder(
         has_int8_head: False if an INT8 head would be no faster than FULL's, which then runs in its place.
         has_int4_head: True for the INT4 head of native code without native code too, where it is no faster than FULL's:
             to judge plans that will run there.
-        has_finer_keys, rounding: as in `WeightLoader`.
+        finer_keys, rounding: as in `WeightLoader`.
         head_map: that of the narrow head, the one in SKIP; None for no such head.
         trials: as in `BatchInvariantLinear`.
     """
     devices = [device] * config.num_layers if isinstance(device, torch.device) else list(device)
-    has_finer_keys = has_finer_keys and not BITS.keys().isdisjoint(actions)
+    finer_keys = None if BITS.keys().isdisjoint(actions) else finer_keys
     own_rounding = only(rounding or {}, actions)
     loaders = {
-        own: WeightLoader(config, weights, dtype, own, has_finer_keys=has_finer_keys, rounding=own_rounding)
+        own: WeightLoader(config, weights, dtype, own, finer_keys=finer_keys, rounding=own_rounding)
         for own in dict.fromkeys(devices)
     }
     layers: list[DecoderLayer] = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from dash_runtime.actions import Action
 from dash_runtime.layers.layer_body import Linears, Norms
 from dash_runtime.layers.mlp import GatedMlp, Mixture
 from dash_runtime.layers.norm import RmsNorm
@@ -36,8 +37,9 @@ class WeightLoader:
     weights: Mapping[str, Tensor]
     dtype: torch.dtype
     device: torch.device
-    has_finer_keys: bool = True
-    """False if keys and values are in INT4 whatever that does to them: a device may have no kernel for INT8."""
+    finer_keys: Action | None = Action.INT8
+    """What keys and values are in where four bits would change them and the other outputs are in INT4 or INT3: see
+    `precision_of_keys`. None: in INT4 whatever that does to them."""
     rounding: Rounding = field(default_factory=dict)
     """Matrices that were rounded with their inputs in view."""
 
@@ -132,13 +134,13 @@ class WeightLoader:
         return FullLinear(fused.weight[rows], None if fused.bias is None else fused.bias[rows])
 
     def _with_keys(self, fused: FullLinear) -> FullLinear:
-        """Returns a layer's query-key-value matrix whose keys and values INT4 and INT3 leave in INT8, if four bits
-        would change them, else INT3 in INT4."""
+        """Returns a layer's query-key-value matrix whose keys and values INT4 and INT3 leave finer if four bits would
+        change them, else INT3 in INT4."""
         query_size = self.config.query_size
         if fused.weight.shape[1] % GROUP_SIZE:
             return fused
-        has_finer_keys = self.has_finer_keys and not is_nearly_exact(fused.weight[query_size:])
-        return replace(fused, keys_from=query_size, has_finer_keys=has_finer_keys)
+        is_fine = self.finer_keys is None or is_nearly_exact(fused.weight[query_size:])
+        return replace(fused, keys_from=query_size, finer_keys=None if is_fine else self.finer_keys)
 
     def _head_norm(self, prefix: str) -> Tensor:
         config, names = self.config, self.config.tensor_names

@@ -51,8 +51,8 @@ class FullLinear:
     bias: Tensor | None = None
     keys_from: int | None = None
     """The first of the outputs that are keys and values, up to the last; None if there are none."""
-    has_finer_keys: bool = False
-    """True if keys and values are in INT8 where the other outputs are in INT4."""
+    finer_keys: Action | None = None
+    """What keys and values are in where the other outputs are in INT4 or INT3; None: in INT4."""
     rounded: Mapping[Action, GroupedMatrix] = field(default_factory=dict)
     """The matrix in actions for which it was rounded with its inputs in view; others round each weight to the
     nearest."""
@@ -67,7 +67,7 @@ class FullLinear:
             keys_from = max(0, keys_from - first) if last is None or keys_from < last else None
         rounded = {action: matrix.outputs(first, last) for action, matrix in self.rounded.items()}
         own_bias = None if bias is None else bias[first:last]
-        return FullLinear(self.weight[first:last], own_bias, keys_from, self.has_finer_keys, rounded)
+        return FullLinear(self.weight[first:last], own_bias, keys_from, self.finer_keys, rounded)
 
 
 @dataclass(frozen=True, slots=True)

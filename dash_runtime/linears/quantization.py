@@ -5,6 +5,7 @@ Actions without a kernel on the device are not offered: `supported_actions` runs
 the dequantised matrix. Knows matrices; knows no layers and no policies.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -136,11 +137,13 @@ def make_linear(action: Action, full: FullLinear, trials: KeptTrials = NO_TRIALS
     """Returns the linear layer that `action` runs for the matrix `full`, with this device's fastest kernel."""
     if action is Action.FULL:
         return make_full_linear(full, trials)
-    parts = [_rounded_part(precision, part) for precision, part in quantized_parts(action, full)]
+    parts = [_part(precision, part, trials) for precision, part in quantized_parts(action, full)]
     return parts[0] if len(parts) == 1 else JoinedLinear(tuple(parts))
 
 
-def _rounded_part(precision: Action, full: FullLinear) -> Linear:
+def _part(precision: Action, full: FullLinear, trials: KeptTrials) -> Linear:
+    if precision is Action.FULL:
+        return make_full_linear(full, trials)
     if precision is Action.INT8:
         return Int8Linear.from_full(full)
     return GroupedLinear.of(grouped(precision, full), full.weight.dtype, full.bias)
@@ -158,11 +161,19 @@ def quantized_parts(action: Action, full: FullLinear) -> list[tuple[Action, Full
     Keys and values are few weights, and all later tokens read what they make.
     """
     first = full.keys_from
-    of_keys = max(action, Action.INT8 if full.has_finer_keys else Action.INT4)
+    of_keys = max(action, full.finer_keys or Action.INT4)
     if first is None or of_keys is action:
         return [(action, full)]
     rough = [(action, full.outputs(0, first))] if first else []
     return [*rough, (of_keys, full.outputs(first))]
+
+
+def precision_of_keys(kernels: Collection[Action]) -> Action:
+    """Returns what INT4 and INT3 leave keys and values in, on a device with kernels for these actions.
+
+    A skipped row still makes them, and INT4 would run a slow INT8 kernel in every layer.
+    """
+    return Action.INT8 if Action.INT8 in kernels else Action.FULL
 
 
 def for_many_rows(linear: Linear) -> Linear:
@@ -197,6 +208,8 @@ def rounded_linear(action: Action, full: FullLinear) -> FullLinear:
 
 
 def _rounded_weight(action: Action, full: FullLinear) -> Tensor:
+    if action is Action.FULL:
+        return full.weight
     if action is Action.INT8:
         return through_int8(full.weight).to(full.weight.dtype)
     return grouped(action, full).dequantized().to(full.weight.dtype)

@@ -6,7 +6,6 @@ budget is the same from one start to the next. Knows folders; knows no environme
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from dash_runtime.errors import ConfigError
 from dash_runtime.layers.split_compensation import compensation_over
 from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.kept_trials import KeptTrials
-from dash_runtime.linears.quantization import supported_actions
+from dash_runtime.linears.quantization import precision_of_keys, supported_actions
 from dash_runtime.linears.rounding_file import load_rounding, rounding_file
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.native.levels import processor_features
@@ -36,7 +35,7 @@ from dash_runtime.policy.model_sketch import kept_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.progress import Progress
 from dash_runtime.startup.calibration import DeviceCalibration
-from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
+from dash_runtime.startup.faster_kernels import actions_that_pay
 from dash_runtime.startup.measured_engine import MeasuredOptions, measured_engine
 from dash_runtime.startup.memory_plan import free_rooms, model_bytes, place_on
 from dash_runtime.startup.native_code import NativeCode, native_code_for, native_decoder, with_native_code
@@ -111,13 +110,11 @@ def build_engine(
         supported = _eager_actions(devices, dtype, model) if library is None else tuple(Action)
         fingerprint = kept_fingerprint(model, weights, cache_folder / "fingerprints")
     rounding = load_rounding(rounding_file(cache_folder, fingerprint), fingerprint)
-    has_int8_head, has_finer_keys = True, Action.INT8 in supported
+    has_int8_head = True
     if device_of(device).offers_only_faster:
         progress("timing kernels")
-        timed = partial(product_seconds, device=device, dtype=dtype)
-        head = {(model.vocab_size, model.hidden_size)}
-        has_int8_head = Action.INT8 in faster_actions((Action.INT8,), partial(timed, shapes=head))
-        supported = faster_actions(supported, partial(timed, shapes=matrix_shapes(model)))
+        supported, has_int8_head = actions_that_pay(model, supported, config.num_slots, device, dtype)
+    finer_keys = precision_of_keys(supported)
     if rounding:
         rounded = " and ".join(action.name for action in rounding)
         progress(f"{rounded} weights were rounded by their inputs (dash-policy quantize)")
@@ -160,15 +157,15 @@ def build_engine(
             dtype=dtype,
             device=layer_devices,
             context_length=context_length,
-            has_finer_keys=has_finer_keys,
+            finer_keys=finer_keys,
             rounding=rounding,
             trials=KeptTrials(cache_folder / "products"),
             has_int8_head=has_int8_head,
             has_graphs=has_graphs,
         )
     else:
-        loader = WeightLoader(model, weights, dtype, device, has_finer_keys=has_finer_keys, rounding=rounding)
-        key = fingerprint, rounding.identity, has_finer_keys
+        loader = WeightLoader(model, weights, dtype, device, finer_keys=finer_keys, rounding=rounding)
+        key = fingerprint, rounding.identity, finer_keys is Action.INT8
         files = PackedFiles(cache_folder / "packed", key, loader, weights, shared_head_map(learned))
         decoder, packed = native_decoder(
             library,

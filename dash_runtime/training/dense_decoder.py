@@ -37,7 +37,7 @@ class DenseDecoder:
     Args:
         weights: tensors by the names in `config.tensor_names`, in the shapes that `config` asks for.
         actions: the kernels to have; FULL is always among them.
-        has_finer_keys, rounding: as in `WeightLoader`.
+        finer_keys, rounding: as in `WeightLoader`.
     """
 
     def __init__(
@@ -48,16 +48,16 @@ class DenseDecoder:
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | None = None,
-        has_finer_keys: bool = True,
+        finer_keys: Action | None = Action.INT8,
         rounding: Rounding | None = None,
     ) -> None:
         self.config = config
         self.num_layers = config.num_layers
         self.dtype = dtype
         self.device = torch.device("cpu") if device is None else device
-        has_finer_keys = has_finer_keys and not BITS.keys().isdisjoint(actions)
+        finer_keys = None if BITS.keys().isdisjoint(actions) else finer_keys
         own = only(rounding or {}, actions)
-        loader = WeightLoader(config, weights, dtype, self.device, has_finer_keys=has_finer_keys, rounding=own)
+        loader = WeightLoader(config, weights, dtype, self.device, finer_keys=finer_keys, rounding=own)
         full = [loader.layer(index) for index in range(config.num_layers)]
         self._norms: Sequence[Norms] = full
         router = partial(_product, Action.FULL)

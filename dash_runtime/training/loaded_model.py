@@ -28,7 +28,7 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.narrow_head import HeadMap
 from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.linears.grouped_matrix import Rounding
-from dash_runtime.linears.quantization import supported_actions
+from dash_runtime.linears.quantization import precision_of_keys, supported_actions
 from dash_runtime.linears.rounding_file import load_rounding, rounding_file
 from dash_runtime.policy.learned import LearnedPolicy, shared_head_map
 from dash_runtime.policy.model_sketch import model_fingerprint
@@ -83,7 +83,7 @@ class LoadedModel:
         check_weights(self._weights, self.config)
         self.device = find_device(options.device)
         self.supported = supported_actions(self.device, torch.bfloat16, matrix_shapes(self.config))
-        self._has_finer_keys = Action.INT8 in self.supported
+        self._finer_keys = precision_of_keys(self.supported)
         self.fingerprint = model_fingerprint(self.config, self._weights)
         self.rounding_file = rounding_file(options.cache_folder, self.fingerprint)
         self.rounding = load_rounding(self.rounding_file, self.fingerprint)
@@ -104,7 +104,7 @@ class LoadedModel:
             device=self.device,
             context_length=self.context_length,
             has_int4_head=self.device.type == "cpu",
-            has_finer_keys=self._has_finer_keys,
+            finer_keys=self._finer_keys,
             rounding=self.rounding,
             head_map=self._head_map if self.device.type == "cpu" else None,
         )
@@ -133,7 +133,7 @@ class LoadedModel:
         if library is None:
             return measure_costs(StepMeasurement(self.decoder, compensation, learned), seconds=_MEASURED_SECONDS).table
         loader = self._loader(self.rounding)
-        key = self.fingerprint, self.rounding.identity, self._has_finer_keys
+        key = self.fingerprint, self.rounding.identity, self._finer_keys is Action.INT8
         files = PackedFiles(self._options.cache_folder / "packed", key, loader, self._weights, self._head_map)
         decoder, _ = native_decoder(
             library,
@@ -154,7 +154,7 @@ class LoadedModel:
             self._weights,
             actions,
             device=self.device,
-            has_finer_keys=self._has_finer_keys,
+            finer_keys=self._finer_keys,
             rounding=self.rounding,
         )
 
@@ -168,7 +168,7 @@ class LoadedModel:
             self._weights,
             torch.bfloat16,
             self.device,
-            has_finer_keys=self._has_finer_keys,
+            finer_keys=self._finer_keys,
             rounding=rounding,
         )
 

@@ -182,9 +182,9 @@ def in_bfloat16(weights: LayerWeights, kernel: str) -> Linears[FullLinear]:
     """Returns a layer's matrices; only those of FINER have outputs that are finer in INT4."""
 
     def convert(own: FullLinear) -> FullLinear:
-        return replace(own, weight=own.weight.bfloat16(), has_finer_keys=own.has_finer_keys and kernel == FINER)
+        return replace(own, weight=own.weight.bfloat16(), finer_keys=own.finer_keys if kernel == FINER else None)
 
-    assert weights.linears.query_key_value.has_finer_keys
+    assert weights.linears.query_key_value.finer_keys
     return weights.linears.mapped(convert, convert)
 
 

@@ -71,7 +71,8 @@ def native_decoder(
     config = load_model_config(folder)
     assert why_eager(config, config.context_length) is None
     native = NativeBackend(config, library, actions, num_threads, shares_heads=shares_heads)
-    loader = WeightLoader(config, open_weights(folder), torch.bfloat16, CPU, has_finer_keys=Action.INT8 in actions)
+    finer_keys = Action.INT8 if Action.INT8 in actions else None
+    loader = WeightLoader(config, open_weights(folder), torch.bfloat16, CPU, finer_keys=finer_keys)
     packed = pack_in_memory(loader, actions, head_map)
     return make_native_decoder(config, packed, native, actions, context_length=config.context_length, head_map=head_map)
 

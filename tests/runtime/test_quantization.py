@@ -1,4 +1,4 @@
-"""The packed kernels stand for the matrices they say they do, and are offered where they are faster."""
+"""The packed kernels stand for the matrices they say they do."""
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ from dash_runtime.linears.quantization import (
     Int8Linear,
     for_many_rows,
     make_linear,
+    precision_of_keys,
     quantize_int8,
     rounded_linear,
     supported_actions,
 )
-from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
-from tests.runtime.support import ALL_ACTIONS, CPU
+from tests.runtime.support import CPU
 
 PARTS: dict[Action, tuple[int, int | None]] = {Action.INT4: (0, 32), Action.INT8: (32, None)}
 
@@ -55,7 +55,7 @@ def test_many_rows_have_the_product_of_the_few_rows_kernel(action: Action, has_b
 
 def test_int4_computes_finer_outputs_in_int8() -> None:
     full, inputs = (
-        FullLinear(some_weight(), some_weight(64, 1)[:, 0], keys_from=32, has_finer_keys=True),
+        FullLinear(some_weight(), some_weight(64, 1)[:, 0], keys_from=32, finer_keys=Action.INT8),
         some_weight(48, 96),
     )
     linear = make_linear(Action.INT4, full)
@@ -76,8 +76,19 @@ def test_int3_computes_keys_and_values_in_int4_where_that_changes_nothing() -> N
     assert torch.equal(make_linear(Action.INT4, full)(inputs), in_int4)
 
 
+@pytest.mark.parametrize("action", [Action.INT4, Action.INT3])
+def test_finer_outputs_are_those_of_full_where_int8_has_no_kernel_that_pays(action: Action) -> None:
+    assert precision_of_keys((Action.SKIP, Action.INT4, Action.FULL)) is Action.FULL
+    full, inputs = FullLinear(some_weight(), keys_from=32, finer_keys=Action.FULL), some_weight(5, 96)
+    rough, fine = make_linear(action, full.outputs(0, 32)), make_linear(Action.FULL, full.outputs(32))
+    for linear in (make_linear(action, full), for_many_rows(make_linear(action, full))):
+        assert torch.equal(linear(inputs), torch.cat((rough(inputs), fine(inputs)), dim=1))
+    assert torch.equal(make_linear(action, full.outputs(32))(inputs), fine(inputs))  # a skipped row's
+    assert torch.equal(rounded_linear(action, full).weight[32:], full.weight[32:])
+
+
 def test_finer_outputs_stay_finer_among_fewer() -> None:
-    full = FullLinear(some_weight(), keys_from=32, has_finer_keys=True)
+    full = FullLinear(some_weight(), keys_from=32, finer_keys=Action.INT8)
     ranges = [(0, 32), (0, 48), (32, None), (48, None)]
     assert [full.outputs(*own).keys_from for own in ranges] == [None, 32, 0, 0]
     linear = make_linear(Action.INT4, full.outputs(32))
@@ -151,17 +162,6 @@ def test_a_row_that_cuda_has_no_packing_for_is_refused_as_a_missing_kernel(in_fe
 @pytest.mark.parametrize("in_features", [1536, 576, 96])
 def test_a_gpu_offers_int4_whatever_packing_the_row_takes(in_features: int) -> None:
     assert Action.INT4 in supported_actions(torch.device("cuda"), torch.bfloat16, {(64, in_features)})
-
-
-def test_a_kernel_that_takes_as_long_as_fulls_is_left_out_and_skip_stays() -> None:
-    seconds = {Action.FULL: 2.0, Action.INT8: 2.0, Action.INT4: 1.9, Action.INT3: 2.1}
-    assert faster_actions(ALL_ACTIONS, seconds.__getitem__) == (Action.SKIP, Action.INT4, Action.FULL)
-
-
-def test_more_and_larger_matrices_take_longer() -> None:
-    few = product_seconds(Action.FULL, {(64, 64)}, CPU, torch.bfloat16)
-    many = product_seconds(Action.FULL, {(64, 64), (4096, 4096)}, CPU, torch.bfloat16)
-    assert 0 < few < many
 
 
 def test_a_packed_matrix_outlives_its_layer_in_the_memory_that_others_read() -> None:

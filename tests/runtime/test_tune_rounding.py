@@ -26,10 +26,10 @@ SEED = 5
 class OneLayer:
     """The first layer of a tiny model, with text that went through it at full depth."""
 
-    def __init__(self, folder: Path, has_finer_keys: bool = True, action: Action = Action.INT4) -> None:
+    def __init__(self, folder: Path, finer_keys: Action | None = Action.INT8, action: Action = Action.INT4) -> None:
         self.action = action
         config, weights = load_model_config(folder), open_weights(folder)
-        loader = WeightLoader(config, weights, torch.float32, CPU, has_finer_keys=has_finer_keys)
+        loader = WeightLoader(config, weights, torch.float32, CPU, finer_keys=finer_keys)
         self.linears = loader.layer(0).linears
         self._decoder = DenseDecoder(config, weights, dtype=torch.float32)
         generator = torch.Generator().manual_seed(1)
@@ -109,7 +109,7 @@ def test_outputs_in_int8_and_matrices_that_were_not_rounded_stay(one_layer: Call
 
 
 def test_keys_and_values_in_int4_are_tuned_too(one_layer: Callable[..., OneLayer]) -> None:
-    layer = one_layer(has_finer_keys=False)
+    layer = one_layer(finer_keys=None)
     num_queries = layer.linears.output.weight.shape[1]
     ours, before = (own[layer.place_of_keys].outputs(num_queries, None) for own in (layer.tuned(), layer.rounded))
     assert not torch.equal(ours.values, before.values)
