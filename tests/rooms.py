@@ -69,7 +69,7 @@ ROOMS = {
         startup/
         engine/engine
         engine/bursts engine/draft_rounds engine/made_tokens engine/prompt_passes
-        engine/decoding_rows
+        engine/decoding_rows engine/graph_work
         engine/sequence
         engine/guesses engine/speculative engine/text_drafts
         engine/decision_log engine/device_times engine/trace_recorder

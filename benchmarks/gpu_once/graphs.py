@@ -17,6 +17,8 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import device_of
 from dash_runtime.devices.cuda_graphs import CaptureFailed
+from dash_runtime.engine.graph_work import GraphWork
+from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import CachePool
@@ -68,12 +70,15 @@ def has_graphs(decoder: Decoder) -> bool:
 
 
 def prepare(decoder: Decoder, pool: CachePool, compensation: Compensation, num_rows: int) -> Captured:
-    """Captures all graphs for up to `num_rows` rows."""
+    """Captures the layers' graphs for up to `num_rows` rows with short contexts."""
     backend = decoder.backends[PassKind.DECODE][0]
     started, before = time.perf_counter(), _reserved_bytes(decoder.device)
     error = None
     try:
-        decoder.prepare_graphs(pool, num_rows, compensation, Action.FULL)
+        work = GraphWork(decoder, InlineLane(decoder.placed_on[0]), pool, num_rows, 1)
+        for context in work.contexts:
+            for piece in work.layers(compensation, context):
+                piece()
         decoder.synchronise()
     except CaptureFailed as failure:
         error = str(failure)

@@ -64,7 +64,7 @@ class Model:
         return LaneKind.CUDA_STREAM if self.device.type == "cuda" else LaneKind.INLINE
 
     def lane(self, kind: LaneKind) -> Lane:
-        return make_lane(kind, *self.decoder.placed_on, static_input=self.decoder.static_input)
+        return make_lane(kind, *self.decoder.placed_on, graphs=self.decoder.graphs)
 
     def fixed(self, action: Action) -> FixedPlan:
         """Returns the plan of mode FIXED; FULL's is full depth's with this model's compensation."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.backends.backend import Backend
+from dash_runtime.decoder.backends.backend import Backend, Graphs
 from dash_runtime.devices import Device, device_of, stretches_of
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation
@@ -131,33 +131,10 @@ class Decoder:
         assert result is not None  # without a limit
         return result
 
-    def static_input(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """Returns where the layer's input lies in every decoding pass of so many rows; see `Graphs`."""
-        graphs = self.backends[PassKind.DECODE][0].graphs
-        return None if graphs is None else graphs.static_input(layer, hidden)
-
-    @torch.inference_mode()
-    def prepare_graphs(self, pool: CachePool, max_rows: int, compensation: Compensation, kv_action: Action) -> None:
-        """Captures the graphs that decode up to `max_rows` rows of a pool; does nothing where there are none.
-
-        Raises:
-            CaptureFailed: the device cannot.
-        """
-        graphs = self.backends[PassKind.DECODE][0].graphs
-        if graphs is None:
-            return
-        for num_rows in graphs.graph_sizes(max_rows):
-            caches = [cache for _ in range(num_rows) if (cache := pool.reserve(2)) is not None]
-            if not caches:
-                return
-            for cache in caches:
-                cache.length = 1
-            count = len(caches)
-            own = [compensation] * count, [kv_action] * count
-            graphs.prepare(self.batch(PassKind.DECODE, caches, [1] * count, *own))
-            for cache in caches:
-                cache.length = 2  # so that what was written is cleared
-                pool.release(cache)
+    @property
+    def graphs(self) -> Graphs | None:
+        """The graphs of decoding; None where there are none."""
+        return self.backends[PassKind.DECODE][0].graphs
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         """Runs one layer with each row's own action; see `Backend`."""

@@ -7,7 +7,7 @@ layers.
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -58,8 +58,11 @@ class CudaCapture:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     function()
-                finally:
-                    graph.capture_end()
+                except RuntimeError:
+                    with suppress(RuntimeError):  # it only says that the capture had failed before
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         except RuntimeError as error:
             raise CaptureFailed(f"a CUDA graph cannot be captured: {str(error).splitlines()[0]}") from error
         cuda.current_stream(self._device).wait_stream(stream)

@@ -18,6 +18,7 @@ from dash_runtime.engine.decider import Decider
 from dash_runtime.engine.decoding_rows import RecentRows, next_guesses, pass_seconds
 from dash_runtime.engine.device_times import settle_decisions
 from dash_runtime.engine.draft_rounds import DraftRounds
+from dash_runtime.engine.graph_work import GraphWork
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.later import LaterWork
 from dash_runtime.engine.made_tokens import Made, MadeTokens
@@ -31,7 +32,6 @@ from dash_runtime.layers.kv_cache import CachePool
 from dash_runtime.passes import PassPlan, PassResult, Planner
 from dash_runtime.policy.catalog import Assignment, Catalog
 from dash_runtime.policy.draft_costs import RoundCosts
-from dash_runtime.policy.policy import Policy
 
 Events = list[EngineEvent]
 
@@ -74,6 +74,8 @@ class Engine:
         self.bursts = Bursts(decoder, config.burst_milliseconds / 1e3)
         self.on_progress: Callable[[], None] = lambda: None
         """Called between the layers of a pass over many tokens, which may take seconds."""
+        self.may_capture = True
+        """True if a step captures the graphs that it lacks. Whoever waits for it would wait for that too."""
 
     def learn(self, planner: Planner | None = None, round_costs: RoundCosts | None = None) -> None:
         """Takes what was measured since."""
@@ -126,10 +128,19 @@ class Engine:
         Grants free slots, prefills one chunk of prompts, decodes or drafts one token of every sequence whose prompt is
         done, and verifies complete drafts.
         """
-        if torch.is_inference_mode_enabled():  # to enter it takes a hundredth of a token, so a caller may stay in it
-            return self._step()
-        with torch.inference_mode():
-            return self._step()
+        graphs = self._decoder.graphs
+        if graphs is not None:
+            graphs.may_capture = self.may_capture
+        try:
+            if (
+                torch.is_inference_mode_enabled()
+            ):  # to enter it takes a hundredth of a token, so a caller may stay in it
+                return self._step()
+            with torch.inference_mode():
+                return self._step()
+        finally:
+            if graphs is not None:
+                graphs.may_capture = True
 
     def _step(self) -> Events:
         events: Events = []
@@ -150,14 +161,10 @@ class Engine:
             self._verify(together, events)
         return events
 
-    def prepare_graphs(self, policy: Policy) -> None:
-        """Captures the graphs that requests with this policy replay, however many run together.
-
-        Raises:
-            CaptureFailed: the device cannot.
-        """
-        own = policy.compensation, policy.kv_action
-        self._decoder.prepare_graphs(self._pool, self._config.num_slots, *own)
+    def graph_work(self) -> GraphWork:
+        """Returns what captures the graphs that requests replay, while the engine is idle."""
+        longest = min(self.facts.context_length, self._pool.total_tokens)
+        return GraphWork(self._decoder, self._lane, self._pool, self._config.num_slots, longest)
 
     def close(self) -> None:
         """Stops the lane."""

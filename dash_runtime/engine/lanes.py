@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import torch
 
 from dash_runtime.config import LaneKind
+from dash_runtime.decoder.backends.backend import Graphs
 from dash_runtime.devices import CudaDevice, Device, device_of
-from dash_runtime.engine.policy_graphs import PolicyGraphs, StaticInput
+from dash_runtime.engine.policy_graphs import PolicyGraphs
 from dash_runtime.errors import ConfigError
 from dash_runtime.policy.policy import Decision, Policy, State
 
@@ -92,17 +93,17 @@ class CudaStreamLane:
     a layer is still running. Its kernels go first where both streams have some to start.
 
     Args:
-        static_input: where states lie, so that graphs can read them.
+        graphs: the decoder's, which say where states lie.
     """
 
-    def __init__(self, device: CudaDevice, static_input: StaticInput | None = None) -> None:
+    def __init__(self, device: CudaDevice, graphs: Graphs | None = None) -> None:
         self.exposed_ns = 0
         self._device = device
         self._stream = device.cuda.Stream(device.device, priority=_HIGHEST_PRIORITY)
         self._events: dict[tuple[int, int], tuple[Any, Any, Any]] = {}
         self._graphs: PolicyGraphs | None = None
-        if static_input is not None:
-            self._graphs = PolicyGraphs(device, device.make_capture(self._stream), static_input)
+        if graphs is not None:
+            self._graphs = PolicyGraphs(device, device.make_capture(self._stream), graphs)
 
     def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
         started_ns = time.perf_counter_ns()
@@ -168,7 +169,7 @@ class LanePerDevice:
             lane.close()
 
 
-def make_lane(kind: LaneKind | None, *devices: Device, static_input: StaticInput | None = None) -> Lane:
+def make_lane(kind: LaneKind | None, *devices: Device, graphs: Graphs | None = None) -> Lane:
     """Returns the lane of that kind, or the devices' default, for layers that lie on these devices.
 
     Raises:
@@ -176,10 +177,10 @@ def make_lane(kind: LaneKind | None, *devices: Device, static_input: StaticInput
     """
     check_lane(kind, *devices)
     if len(devices) > 1:
-        return LanePerDevice({own.device: make_lane(kind, own, static_input=static_input) for own in devices})
+        return LanePerDevice({own.device: make_lane(kind, own, graphs=graphs) for own in devices})
     (device,) = devices
     if isinstance(device, CudaDevice) and (kind or device.default_lane) is LaneKind.CUDA_STREAM:
-        return CudaStreamLane(device, static_input)
+        return CudaStreamLane(device, graphs)
     return InlineLane(device)
 
 

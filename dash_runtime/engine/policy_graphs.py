@@ -4,42 +4,45 @@ A graph takes the facts from the host's memory and leaves the result there. Has 
 and states; knows no streams and no sequences.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from dash_runtime.decoder.backends.backend import Graphs
 from dash_runtime.devices import Device
 from dash_runtime.devices.cuda_graphs import Capture, Replay
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import Decision, Pending, Policy, State
 
-StaticInput = Callable[[int, Tensor], Tensor | None]
-"""`Decoder.static_input`."""
-
 
 class PolicyGraphs:
-    """Makes the graphs when they are first needed."""
+    """Makes the graphs when they are first needed, as far as that may be then.
 
-    def __init__(self, device: Device, capture: Capture, static_input: StaticInput) -> None:
+    Args:
+        graphs: those of the decoder, which say where states lie.
+    """
+
+    def __init__(self, device: Device, capture: Capture, graphs: Graphs) -> None:
         self._device = device
         self._capture = capture
-        self._static_input = static_input
+        self._of_decoder = graphs
         self._graphs: dict[tuple[int, int, int], PolicyGraph] = {}
 
     def find(self, policy: Policy, layer: int, state: State) -> "PolicyGraph | None":
         """Returns the graph that decides the block which begins with `layer`.
 
-        None if a graph cannot read this state: when several policies have rows, each one's are gathered.
+        None if there is none yet and nothing may be captured; or if a graph cannot read this state: when several
+        policies have rows, each one's are gathered.
         """
         if not isinstance(policy, LearnedPolicy):
             return None
-        hidden = self._static_input(state.observed, state.hidden)
+        hidden = self._of_decoder.static_input(state.observed, state.hidden)
         if hidden is None:
             return None
-        key = id(policy), layer, len(hidden)
+        key = id(policy.network), layer, len(hidden)  # drafters are made anew, with other heads
         graph = self._graphs.get(key)
         if graph is None:
+            if not self._of_decoder.may_capture:
+                return None
             graph = self._graphs[key] = PolicyGraph(policy, layer, hidden, self._device, self._capture)
         return graph
 
@@ -48,7 +51,7 @@ class PolicyGraph:
     """One block's evaluation, for up to as many rows as `hidden` has."""
 
     def __init__(self, policy: LearnedPolicy, layer: int, hidden: Tensor, device: Device, capture: Capture) -> None:
-        self._policy = policy  # kept, so that nothing else gets its id
+        self._policy = policy  # kept, so that nothing else gets its network's id
         self._layer = layer
         num_facts, num_results = policy.num_facts, 1 + len(policy.score_actions)
         facts = torch.zeros(len(hidden), num_facts, device=hidden.device)

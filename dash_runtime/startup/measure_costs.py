@@ -185,7 +185,7 @@ class StepMeasurement:
             num_slots=1, cache_tokens=num_prompt + num_new, prefix_cache_tokens=num_prompt, group_planner=False
         )
         facts = model_facts(decoder, config, (), decoder.context_length, frozenset())
-        lane = make_lane(None, *decoder.placed_on, static_input=decoder.static_input)
+        lane = make_lane(None, *decoder.placed_on, graphs=decoder.graphs)
         return Engine(decoder, self._catalog, lane, facts, config, cost_watch=self._steps)
 
 

@@ -15,6 +15,7 @@ import torch
 from dash_runtime.actions import LatencyTable
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.devices.cuda_graphs import collected_garbage
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.cost_fit import MeasuredCosts
 from dash_runtime.engine.engine import Engine
@@ -175,10 +176,32 @@ def measured_engine(
         later.finish()
     if options.has_graphs:
         progress("capturing graphs")
-        engine.prepare_graphs(catalog.assign(SkipOptions(Mode.ADAPTIVE)).policy)
+        usual = catalog.assign(SkipOptions(Mode.ADAPTIVE)).policy.compensation
+        _capture_graphs(engine, usual, [compensation, *(own.compensation for own in learned)], learned)
     engine.facts = replace(engine.facts, has_native_code=options.has_native_code, weight_error=options.weight_error)
     _warm_up(engine)
+    engine.may_capture = False
     return engine
+
+
+def _capture_graphs(
+    engine: Engine, usual: Compensation, others: Sequence[Compensation], learned: Sequence[LearnedPolicy]
+) -> None:
+    """Captures the graphs of short contexts with the usual compensation; once the engine is idle, those of decisions,
+    other compensations and longer contexts."""
+    work = engine.graph_work()
+    shortest, *longer = work.contexts
+    with collected_garbage():
+        for piece in work.layers(usual, shortest):
+            piece()
+    rest = {id(own): own for own in others if own is not usual}.values()
+    for pieces in (
+        *(work.decisions(policy) for policy in learned),
+        *(work.layers(own, shortest) for own in rest),
+        *(work.layers(own, context) for context in longer for own in (usual, *rest)),
+    ):
+        for piece in pieces:
+            engine.later.add(piece)
 
 
 def _learn_planner(
@@ -221,7 +244,7 @@ def assemble_engine(
     Sequences end at `eos_token_ids`; None means the model's own.
     """
     facts = model_facts(decoder, config, catalog.facts(), context_length, eos_token_ids)
-    lane = make_lane(config.lane, *decoder.placed_on, static_input=decoder.static_input)
+    lane = make_lane(config.lane, *decoder.placed_on, graphs=decoder.graphs)
     return Engine(decoder, catalog, lane, facts, config, planner, cost_watch, constraints, round_costs, later)
 
 

@@ -5,6 +5,7 @@ Without CUDA, streams and graphs are imitated, and a checker watches them (`imit
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,16 @@ def engine_of(decoder: Decoder, policy: LearnedPolicy, num_slots: int = 17, reco
     catalog = PolicyCatalog(some_costs(6), policy.score_actions, policy.compensation, [policy], None, {}, 1.0, ())
     config = EngineConfig(num_slots=num_slots, cache_tokens=32 * num_slots, record_steps=record_steps)
     return assemble_engine(decoder, catalog, config, 512, frozenset(), planner=HighestAction())
+
+
+def prepare(engine: Engine, policy: LearnedPolicy) -> None:
+    """Captures all graphs that requests with this policy replay."""
+    work = engine.graph_work()
+    for context in work.contexts:
+        for piece in work.layers(policy.compensation, context):
+            piece()
+    for piece in work.decisions(policy):
+        piece()
 
 
 def generated(engine: Engine, num_rows: int, skip: SkipOptions, num_tokens: int = 5) -> list[list[int]]:
@@ -199,17 +210,48 @@ def test_a_graph_that_reads_memory_which_moves_is_noticed(monkeypatch: pytest.Mo
 def test_prepared_graphs_are_those_that_requests_replay(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(tiny_folder, set())
     with imitated_cuda(monkeypatch) as cuda:
-        engine = engine_of(load_decoder(tiny_folder, has_graphs=True), policy, num_slots=5)
-        engine.prepare_graphs(policy)
-        generated(engine, 1, ADAPTIVE)  # the policy's own graphs
-        generated(engine, 4, ADAPTIVE)
+        monkeypatch.setattr(cuda_backend, "_SHORTEST_CONTEXT", 8)
+        engine = engine_of(load_decoder(tiny_folder, has_graphs=True), policy, num_slots=2)
+        prepare(engine, policy)
         before = Counter(cuda.counts)
-        for num_rows in (1, 3, 5):
-            generated(engine, num_rows, FULL_DEPTH)
-        generated(engine, 1, ADAPTIVE)
-        generated(engine, 4, ADAPTIVE)
+        for num_rows in (1, 2):
+            for skip in (FULL_DEPTH, ADAPTIVE):
+                generated(engine, num_rows, skip, num_tokens=8)  # more positions than the shortest context has
     assert (cuda.counts - before)["captures"] == 0
     assert cuda.errors == []
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_served_step_captures_nothing_and_gives_the_same_tokens_with_graphs_and_without(
+    tiny_folder: Path, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of(tiny_folder, {*Action} - {Action.SKIP, Action.FULL})
+    expected = generated(engine_of(load_decoder(tiny_folder), policy), num_rows, ADAPTIVE)
+    with imitated_cuda(monkeypatch) as cuda:
+        decoder = load_decoder(tiny_folder, actions=(Action.SKIP, Action.FULL), has_graphs=True)
+        engine = engine_of(decoder, policy, num_slots=3)
+        engine.may_capture = False
+        assert generated(engine, num_rows, ADAPTIVE) == expected
+        assert cuda.counts["captures"] == 0
+        prepare(engine, policy)
+        before = Counter(cuda.counts)
+        assert generated(engine, num_rows, ADAPTIVE) == expected
+    assert (cuda.counts - before)["captures"] == 0
+    assert cuda.errors == []
+
+
+def test_a_drafter_with_another_head_replays_its_policys_graphs(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of(tiny_folder, {*Action} - {Action.SKIP, Action.FULL})
+    with imitated_cuda(monkeypatch) as cuda:
+        decoder = load_decoder(tiny_folder, actions=(Action.SKIP, Action.FULL), has_graphs=True)
+        engine = engine_of(decoder, policy, num_slots=1)
+        prepare(engine, policy)
+        before = Counter(cuda.counts)
+        for piece in engine.graph_work().decisions(replace(policy)):
+            piece()
+    assert (cuda.counts - before)["captures"] == 0
 
 
 def test_memory_that_prepared_graphs_wrote_to_is_given_back_empty(
@@ -218,7 +260,7 @@ def test_memory_that_prepared_graphs_wrote_to_is_given_back_empty(
     policy = policy_of(tiny_folder, ROUNDED)
     with imitated_cuda(monkeypatch):
         engine = engine_of(load_decoder(tiny_folder, has_graphs=True), policy, num_slots=2)
-        engine.prepare_graphs(policy)
+        prepare(engine, policy)
         pool = engine._pool
         assert not pool.reserved_tokens
         assert not pool.memories[0][:, :, : pool.spare_token].any()

@@ -13,8 +13,9 @@ from tests.runtime.support import CPU
 class JournalCuda:
     """Notes the order in which streams wait and a graph is captured."""
 
-    def __init__(self) -> None:
+    def __init__(self, refuses_to_end: bool = False) -> None:
         self.journal: list[str] = []
+        self.refuses_to_end = refuses_to_end
 
     def Stream(self, device: Any) -> Any:  # noqa: N802
         return JournalStream(self.journal, "side")
@@ -29,7 +30,7 @@ class JournalCuda:
         return nullcontext()
 
     def CUDAGraph(self) -> Any:  # noqa: N802
-        journal = self.journal
+        journal, refuses_to_end = self.journal, self.refuses_to_end
 
         class Graph:
             def capture_begin(self, **options: str) -> None:
@@ -37,6 +38,8 @@ class JournalCuda:
 
             def capture_end(self) -> None:
                 journal.append("end")
+                if refuses_to_end:
+                    raise RuntimeError("capture was invalidated")
 
             def replay(self) -> None:
                 journal.append("replay")
@@ -69,8 +72,9 @@ def test_no_garbage_is_collected_while_a_graph_is_captured() -> None:
     assert gc.isenabled()
 
 
-def test_a_capture_that_fails_is_ended_and_names_the_reason_in_one_line() -> None:
-    cuda = JournalCuda()
+@pytest.mark.parametrize("refuses_to_end", [False, True])
+def test_a_capture_that_fails_is_ended_and_names_the_first_error_in_one_line(refuses_to_end: bool) -> None:
+    cuda = JournalCuda(refuses_to_end)
 
     def fail() -> None:
         if "begin pool thread_local" in cuda.journal:
@@ -80,6 +84,12 @@ def test_a_capture_that_fails_is_ended_and_names_the_reason_in_one_line() -> Non
     with pytest.raises(CaptureFailed) as caught:
         capture(fail)
     assert str(caught.value) == "a CUDA graph cannot be captured: operation not permitted when stream is capturing"
+    assert str(caught.value.__cause__).endswith("more of it")
     assert cuda.journal[-1] == "end"
     assert gc.isenabled()
     assert capture.num_captured == 0
+
+
+def test_an_error_of_ending_a_capture_is_told_if_it_is_the_only_one() -> None:
+    with pytest.raises(CaptureFailed, match="capture was invalidated"):
+        CudaCapture(CPU, cuda=JournalCuda(refuses_to_end=True))(lambda: None)

@@ -193,7 +193,7 @@ def test_a_policy_is_evaluated_on_the_device_by_graphs_and_without(
         own = some_affine(decoder)
         on_device = Affine(own.factors.to(CUDA), own.offsets.to(CUDA))
         _, states = run(decoder, PassKind.DECODE, [1] * num_rows, [FULL], on_device)
-        graphs = PolicyGraphs(device_of(CUDA), device_of(CUDA).make_capture(), decoder.static_input)
+        graphs = PolicyGraphs(device_of(CUDA), device_of(CUDA).make_capture(), decoder.graphs)
         network = PolicyNetwork(*(mode.from_tensor(getattr(policy.network, own.name)) for own in fields(PolicyNetwork)))
         policy = replace(policy, network=network.to(CUDA))
         for block in policy.spec.decision_blocks:

@@ -17,7 +17,7 @@ from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import load_policy
 from tests.runtime.random_policy import save_random_policy
 from tests.runtime.support import CPU, load_decoder, some_affine
-from tests.runtime.test_cuda_backend import ADAPTIVE, FULL_DEPTH, decoded, engine_of, generated, sampled
+from tests.runtime.test_cuda_backend import ADAPTIVE, FULL_DEPTH, decoded, engine_of, generated, prepare, sampled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -59,7 +59,7 @@ def test_an_engine_gives_the_cpus_tokens_twice(
     expected = generated(engine_of(load_decoder(tiny_folder), policy_on(CPU, tiny_folder, tmp_path)), num_rows, skip)
     policy = policy_on(CUDA, tiny_folder, tmp_path)
     engine = engine_of(cuda_decoder(tiny_folder), policy)
-    engine.prepare_graphs(policy)
+    prepare(engine, policy)
     assert [generated(engine, num_rows, skip) for _ in range(2)] == [expected] * 2
 
 

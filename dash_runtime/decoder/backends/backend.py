@@ -46,11 +46,18 @@ class Backend(Protocol):
 class Graphs(Protocol):
     """Graphs that a backend's passes replay."""
 
+    may_capture: bool
+    """False while requests are served, who would wait for it: then what has no graph is launched kernel by kernel."""
+
     def graph_sizes(self, max_rows: int) -> Sequence[int]:
         """Returns the numbers of rows that passes of up to `max_rows` are filled up to."""
 
-    def prepare(self, batch: Batch) -> None:
-        """Captures the graphs of passes like this one, with its first row's compensation.
+    def context_sizes(self, longest: int) -> Sequence[int]:
+        """Returns the numbers of positions that have graphs of their own, for rows of up to `longest`, ascending."""
+
+    def prepare(self, batch: Batch, layer: int, context: int) -> None:
+        """Captures a layer's graphs for passes like this one with rows of up to `context` positions, in every action
+        and with the first row's compensation; and those that all layers share.
 
         The rows' next positions are written to, but not counted.
 

@@ -3,7 +3,8 @@
 The host only says which graph comes next. Knows layers and rows; knows no policies and no requests.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -46,9 +47,23 @@ class _Kernel(NamedTuple):
     """Its id; None if all rows run."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    has_tokens: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    precision: Action
+
+
+_Work = _Kernel | _Beginning | _Head
+
+
 class _Size(NamedTuple):
     num_rows: int
     max_length: int
+    """0 where nothing is attended to."""
 
 
 class CudaBackend(LayerLoop):
@@ -89,11 +104,12 @@ class CudaBackend(LayerLoop):
         self._capture = device.make_capture()
         self._dtype = dtype
         self._has_mixture = any(config.mixture_of(layer) is not None for layer in range(config.num_layers))
-        self._graphs: WeakKeyDictionary[CachePool, dict[tuple[tuple[object, ...], _Size], Replay]] = WeakKeyDictionary()
+        self._graphs: WeakKeyDictionary[CachePool, dict[tuple[_Work, _Size], Replay]] = WeakKeyDictionary()
         self._compensations: dict[int, Compensation] = {}  # kept, so that nothing else gets their ids
         self._rows: StaticRows | None = None
         self._batch: Batch | None = None
         self._size = _Size(0, 0)
+        self.may_capture = True
 
     @property
     def num_graphs(self) -> int:
@@ -133,7 +149,7 @@ class CudaBackend(LayerLoop):
             return output.copy_(self._eager.run_layer(layer, actions, hidden, batch))
         if kernel.compensation is not None and kernel.action is not Action.SKIP:
             rows.write_skips(layer, [action is Action.SKIP for action in actions])
-        self._replay(batch, kernel, partial(self._run_layer, rows, kernel))
+        self._replay(batch, kernel, self._size)
         return output
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
@@ -143,27 +159,33 @@ class CudaBackend(LayerLoop):
             return self._eager.logits(hidden, precisions)
         if any(precision is not first for precision in precisions):
             return self._eager.logits(hidden, precisions)
-        self._replay(batch, ("head", first), partial(self._run_head, rows, first))
+        self._replay(batch, _Head(first), self._size)
         return rows.logits[: len(hidden)]
 
     def graph_sizes(self, max_rows: int) -> Sequence[int]:
         return () if self._has_mixture else [size for size in NUM_ROWS if size // 2 < max_rows]
 
-    def prepare(self, batch: Batch) -> None:
+    def context_sizes(self, longest: int) -> Sequence[int]:
+        sizes = [_SHORTEST_CONTEXT]
+        while sizes[-1] < longest:
+            sizes.append(sizes[-1] * _CONTEXT_STEP)
+        return sizes
+
+    def prepare(self, batch: Batch, layer: int, context: int) -> None:
         if not self.takes(batch):
             return
-        own, kv_action = batch.compensations[0], batch.kv_actions[0]
+        own = batch.compensations[0]
         self._compensations[id(own)] = own
+        running = self._layers[layer].linears
+        kernels = [_Kernel(layer, action, action, None) for action in running]
+        if batch.num_rows > 1:
+            kernels += [kernel._replace(compensation=id(own)) for kernel in kernels]
+        kernels += [_Kernel(layer, Action.SKIP, action, id(own)) for action in running]
         with collected_garbage():
-            rows = self._begin(batch, () if self._embed is None else [0] * batch.num_rows)
-            for layer in self._own_layers:
-                kernels = [_Kernel(layer, action, action, None) for action in self._layers[layer].linears]
-                if batch.num_rows > 1:
-                    kernels += [kernel._replace(compensation=id(own)) for kernel in kernels]
-                for kernel in [*kernels, _Kernel(layer, Action.SKIP, kv_action, id(own))]:
-                    self._replay(batch, kernel, partial(self._run_layer, rows, kernel))
-            for precision in self._heads:
-                self._replay(batch, ("head", precision), partial(self._run_head, rows, precision))
+            self._begin(batch, () if self._embed is None else [0] * batch.num_rows)
+            works: list[_Work] = [*kernels, *map(_Head, self._heads)]
+            for work in works:
+                self._find(batch, work, _Size(self._size.num_rows, context))
 
     def _begin(self, batch: Batch, token_ids: Sequence[int]) -> StaticRows:
         """Uploads where the rows are; with token ids, looks these up as well."""
@@ -171,13 +193,10 @@ class CudaBackend(LayerLoop):
             own = self._own_layers
             tables = [table if layer in own else None for layer, table in enumerate(batch.rotary)]
             self._rows = StaticRows(self._config, self._device, self._dtype, NUM_ROWS[-1], tables)
-        longest, max_length = max(span.end for span in batch.spans), _SHORTEST_CONTEXT
-        while max_length < longest:
-            max_length *= _CONTEXT_STEP
-        self._batch, self._size = batch, _Size(_with_room_for(batch.num_rows), max_length)
+        longest = max(span.end for span in batch.spans)
+        self._batch, self._size = batch, _Size(_with_room_for(batch.num_rows), self.context_sizes(longest)[-1])
         self._rows.write(batch, token_ids)
-        has_tokens = bool(token_ids)
-        self._replay(batch, ("beginning", has_tokens), partial(self._run_beginning, self._rows, has_tokens))
+        self._replay(batch, _Beginning(bool(token_ids)), self._size)
         return self._rows
 
     def _kernel_of(self, layer: int, actions: Sequence[Action], batch: Batch) -> _Kernel | None:
@@ -194,27 +213,41 @@ class CudaBackend(LayerLoop):
         kv_action = max(batch.kv_actions) if action is Action.SKIP else action
         return _Kernel(layer, action, kv_action, id(own))
 
-    def _replay(self, batch: Batch, what: tuple[object, ...], function: Callable[[CachePool, _Size], None]) -> None:
-        """Launches a graph of `function`, which is captured when it is first needed. `what` tells graphs apart."""
+    def _replay(self, batch: Batch, work: _Work, size: _Size) -> None:
+        self._find(batch, work, size)()
+
+    def _find(self, batch: Batch, work: _Work, size: _Size) -> Replay:
+        """Returns what launches this work: its graph, which is captured if it is not there and that may be now."""
         pool = batch.spans[0].cache.pool
         graphs = self._graphs.setdefault(pool, {})
-        key = what, self._size
-        replay = graphs.get(key)
+        if not isinstance(work, _Kernel) or work.action is Action.SKIP:
+            size = size._replace(max_length=0)
+        replay = graphs.get((work, size))
         if replay is None:
-            replay = graphs[key] = self._capture(partial(function, pool, self._size))
-        replay()
+            assert self._rows is not None
+            run = partial(self._run, self._rows, work, pool, size)
+            if not self.may_capture:
+                return run
+            replay = graphs[work, size] = self._capture(run)
+        return replay
 
     # What graphs do.
 
-    def _run_beginning(self, rows: StaticRows, has_tokens: bool, pool: CachePool, size: _Size) -> None:
+    def _run(self, rows: StaticRows, work: _Work, pool: CachePool, size: _Size) -> None:
+        match work:
+            case _Beginning(has_tokens):
+                self._run_beginning(rows, has_tokens, size)
+            case _Head(precision):
+                hidden = rows.state(self._config.num_layers, size.num_rows)
+                rows.logits[: size.num_rows].copy_(self._heads[precision](hidden))
+            case _:
+                self._run_layer(rows, work, pool, size)
+
+    def _run_beginning(self, rows: StaticRows, has_tokens: bool, size: _Size) -> None:
         rows.upload()
         if has_tokens:
             assert self._embed is not None
             rows.state(0, size.num_rows).copy_(self._embed.look_up(rows.token_ids(size.num_rows)))
-
-    def _run_head(self, rows: StaticRows, precision: Action, pool: CachePool, size: _Size) -> None:
-        hidden = rows.state(self._config.num_layers, size.num_rows)
-        rows.logits[: size.num_rows].copy_(self._heads[precision](hidden))
 
     def _run_layer(self, rows: StaticRows, kernel: _Kernel, pool: CachePool, size: _Size) -> None:
         layer, config, weights = kernel.layer, self._config, self._layers[kernel.layer]

@@ -44,9 +44,20 @@ class SplitBackend(LayerLoop):
     def graph_sizes(self, max_rows: int) -> Sequence[int]:
         return self._graphs_of(self._backends[0]).graph_sizes(max_rows)
 
-    def prepare(self, batch: Batch) -> None:
+    def context_sizes(self, longest: int) -> Sequence[int]:
+        return self._graphs_of(self._backends[0]).context_sizes(longest)
+
+    def prepare(self, batch: Batch, layer: int, context: int) -> None:
+        self._graphs_of(self._backends[layer]).prepare(batch, layer, context)
+
+    @property
+    def may_capture(self) -> bool:
+        return self._graphs_of(self._backends[0]).may_capture
+
+    @may_capture.setter
+    def may_capture(self, may: bool) -> None:
         for backend in self._parts:
-            self._graphs_of(backend).prepare(batch)
+            self._graphs_of(backend).may_capture = may
 
     @staticmethod
     def _graphs_of(backend: Backend) -> Graphs:
