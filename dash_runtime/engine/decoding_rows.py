@@ -13,7 +13,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.decider import Decider, plan_of
 from dash_runtime.engine.guesses import PassSeconds
 from dash_runtime.engine.lanes import Lane
-from dash_runtime.engine.planner import GroupPlanner
+from dash_runtime.engine.planner import GroupPlanner, HighestAction
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.passes import MOST_GUESSES, PassPlan, Planner
@@ -106,8 +106,12 @@ class DecodingRows:
         for rows in rows_by_policy.values():
             assignment = self._assignments[self._places[rows[0]]]
             arguments = rows, self._tokens(rows), assignment.state_costs, len(self._places)
-            own = unasked(assignment) if self._has_guesses else None
-            deciders.append(Decider(own or _asked(assignment, len(rows), planner), self._lane, *arguments))
+            policy = unasked(assignment) if self._has_guesses else None
+            if policy is None and isinstance(planner, HighestAction):
+                of_rows = [self._assignments[place] for place in self._places]
+                policy = _asked_by_graphs(assignment, of_rows, planner)
+            policy = policy or _asked(assignment, len(rows), planner)
+            deciders.append(Decider(policy, self._lane, *arguments))
         return deciders
 
 
@@ -189,14 +193,29 @@ def _asked(assignment: Assignment, num_rows: int, planner: Planner | None) -> Po
         return policy
     if not _may_skip(policy):
         return policy
-    unasked, costs = policy.unasked(assignment.price), assignment.costs
     saved = _seconds_saved(policy, assignment.price, planner, num_rows)
-    asking = num_rows * policy.num_evaluations * costs.evaluation * _token_seconds(assignment, planner)
-    return policy if saved >= asking else unasked
+    asking = num_rows * policy.num_evaluations * assignment.costs.evaluation * _token_seconds(assignment, planner)
+    return policy if saved >= asking else policy.unasked(assignment.price)
 
 
-def _may_skip(policy: LearnedPolicy) -> bool:
-    return Action.SKIP in policy.spec.actions and bool(policy.spec.free_layers)
+def _asked_by_graphs(assignment: Assignment, assignments: Several[Assignment], planner: HighestAction) -> Policy:
+    """Returns the same where a layer's graph runs all rows of a pass, these `assignments`, or none of them. One
+    evaluation serves all rows of a policy."""
+    policy, costs = assignment.policy, assignment.costs
+    if not isinstance(policy, LearnedPolicy) or not _may_skip(policy) or len(assignments) == 1:
+        return policy
+    unasked, free = policy.unasked(assignment.price), policy.spec.free_layers
+    saved = 0.0
+    if all(_may_skip(own.policy) for own in assignments):
+        share = policy.skip_share(assignment.price)
+        saved = len(free) * planner.cost_saved(costs, unasked.plan[free[0]], len(assignments), share)
+    return policy if saved > policy.num_evaluations * costs.evaluation else unasked
+
+
+def _may_skip(policy: Policy) -> bool:
+    if isinstance(policy, LearnedPolicy):
+        return Action.SKIP in policy.spec.actions and bool(policy.spec.free_layers)
+    return Action.SKIP in policy.pinned.values()
 
 
 def _seconds_saved(policy: LearnedPolicy, price: float, planner: GroupPlanner, num_rows: int) -> float:

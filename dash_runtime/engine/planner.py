@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 
-from dash_runtime.actions import Action, LatencyTable
+from dash_runtime.actions import Action, CostTable, LatencyTable
 
 _MAX_REMEMBERED = 8192
 """More than all ways to spread 16 rows over four actions; with more rows, a bound."""
@@ -19,10 +19,16 @@ _MAX_REMEMBERED = 8192
 class HighestAction:
     """Raises rows that run a layer to the highest action among them: a device with graphs has one for each action.
 
-    Rows that skip the layer keep doing so.
+    Rows that skip the layer keep doing so, and save nothing unless all do. It has no latencies: a few rows take about
+    as long as one.
     """
 
     latencies = None
+
+    def cost_saved(self, costs: CostTable, action: Action, num_rows: int, skip_share: float) -> float:
+        """Returns what all rows of a pass are expected to save of a layer, as a share of a full-depth token, if each
+        skips it with probability `skip_share`, independently, instead of running `action`."""
+        return max(0.0, costs.layer[action] - costs.layer[Action.SKIP]) * skip_share**num_rows
 
     def agree(self, actions: Sequence[Action]) -> Sequence[Action]:
         taken = set(actions)
