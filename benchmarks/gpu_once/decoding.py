@@ -5,7 +5,7 @@ Knows the decoder, policies and a lane; knows no figures.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,6 +75,19 @@ def rolled_back(caches: Sequence[SequenceCache]) -> Iterator[None]:
             cache.truncate(length)
 
 
+@contextmanager
+def refusing_waits(device: torch.device) -> Iterator[None]:
+    """Makes whatever lets the host wait for a CUDA device raise RuntimeError; waiting for events is no error."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @torch.inference_mode()
 def prefill(decoder: Decoder, cache: SequenceCache, token_ids: Sequence[int]) -> int:
     """Runs a prompt at full depth; returns the most likely next token."""
@@ -97,6 +110,7 @@ def generate(
     forced: Sequence[TokenIds] | None = None,
     replayed: Sequence[Sequence[bytes]] | None = None,
     on_logits: Callable[[Tensor], None] = lambda logits: None,
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Run:
     """Decodes one token of every row in each step, and forgets them afterwards.
 
@@ -104,6 +118,7 @@ def generate(
         forced: the tokens that go on instead of the most likely ones, by step.
         replayed: plans to run instead of asking the policy, by step and row.
         on_logits: is called with each step's float32 `[rows, vocab_size]`.
+        guard: is around each step's pass and head.
     """
     num_rows, costs = len(caches), some_costs(decoder.num_layers)
     token_ids, run = first_ids, Run([], [], 0.0, 0.0)
@@ -120,10 +135,11 @@ def generate(
             if replayed is not None:
                 rows = [RowPlan(dict(enumerate(map(Action, own)))) for own in replayed[step]]
                 plan = PassPlan(rows)
-            output = decoder.run_pass(plan, token_ids, batch)
+            with guard():
+                output = decoder.run_pass(plan, token_ids, batch)
+                assert output.states is not None
+                logits = decoder.logits(output.states, [policy.head] * num_rows)
             batch.commit()
-            assert output.states is not None
-            logits = decoder.logits(output.states, [policy.head] * num_rows)
             on_logits(logits)
             run.tokens.append(logits.argmax(-1).tolist())
             times.append(time.perf_counter())  # the tokens are on the host, so the device is idle

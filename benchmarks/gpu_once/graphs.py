@@ -41,7 +41,9 @@ def decoder_with_graphs(
     config: ModelConfig, weights: Mapping[str, Tensor], actions: Sequence[Action], dtype: torch.dtype,
     device: torch.device, context_length: int,
 ) -> Decoder:  # fmt: skip
-    """Returns a decoder that decodes with graphs where the device has them."""
+    """Returns a decoder that decodes with graphs where the device has them. INT8 has no head, and INT4 has its keys and
+    values in FULL, where INT8's kernel may be slow."""
+    has_fast_int8 = not device_of(device).offers_only_faster
     return make_decoder(
         config,
         weights,
@@ -50,6 +52,8 @@ def decoder_with_graphs(
         device=device,
         context_length=context_length,
         has_graphs=device_of(device).has_graphs,
+        has_int8_head=has_fast_int8,
+        finer_keys=Action.INT8 if has_fast_int8 else Action.FULL,
     )
 
 

@@ -72,8 +72,7 @@ class LiveReport(Report):
             print(f"- left out: {error}", flush=True)
         except Exception as error:
             own["error"] = traceback.format_exc()
-            lines = str(error).strip().splitlines()
-            print(f"- failed: {type(error).__name__}: {lines[0] if lines else 'no message'}", flush=True)
+            print(f"- failed: {type(error).__name__}\n{own['error']}", flush=True)
         if own and is_parity:
             self._failed.append(name)
         own["seconds"] = round(self._now() - started, 1)

@@ -14,7 +14,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_once.decoding import TokenIds, contexts, generate, prefill, rolled_back
+from benchmarks.gpu_once.decoding import TokenIds, contexts, generate, prefill, refusing_waits, rolled_back
 from benchmarks.gpu_once.graphs import decoder_with_graphs, eager_over
 from benchmarks.gpu_once.live_report import LiveReport
 from benchmarks.gpu_once.model import Model
@@ -148,6 +148,21 @@ def verification_parity(report: LiveReport, model: Model) -> None:
             report.add(f"{prefix}_bit_equal", [equal], f"{num_rows} on a CPU")
             same = sum(bool(own.argmax() == row.argmax()) for own, row in pairs)
             report.add(f"{prefix}_equal_tokens", [same], f"{num_rows}, near-ties aside")
+
+
+def check_waits(report: LiveReport, model: Model) -> None:
+    """Decodes steps in which the host may wait for events only, which decisions and tokens arrive with.
+
+    Raises RuntimeError where it waits for the device otherwise.
+    """
+    lane = model.lane(model.concurrent_lane_kind)
+    with contexts(model.pool, [PROMPT_LENGTH], 4) as caches:
+        for policy in (model.fixed(Action.FULL), *model.policies):
+            report.check_time()
+            decode = partial(generate, model.decoder, lane, policy, caches, [1], 3)
+            decode()  # captures
+            decode(guard=partial(refusing_waits, model.device))
+    lane.close()
 
 
 def equal_steps(expected: Sequence[object], actual: Sequence[object]) -> int:

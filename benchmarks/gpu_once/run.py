@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -22,7 +23,14 @@ from benchmarks.gpu_once.layer_times import copy_bandwidth, measure_layers
 from benchmarks.gpu_once.live_report import LiveReport
 from benchmarks.gpu_once.model import LOOKAHEADS, MAX_ROWS, Model, build_model
 from benchmarks.gpu_once.overlap import overlap_of, read_events, record
-from benchmarks.gpu_once.parity import float_parity, lane_parity, layer_parity, token_parity, verification_parity
+from benchmarks.gpu_once.parity import (
+    check_waits,
+    float_parity,
+    lane_parity,
+    layer_parity,
+    token_parity,
+    verification_parity,
+)
 from benchmarks.gpu_once.speeds import CONTEXT, measure_exposed, measure_speeds
 from dash_runtime.devices import device_of
 
@@ -66,6 +74,7 @@ def run_parts(report: LiveReport, shapes: list[str], device: torch.device, effor
     for name in shapes:
         part(f"parity, bfloat16, {name}", partial(check_parity, report, models, name, device, effort), is_parity=True)
     for name, model in models.items():
+        part(f"waits, {name}", partial(check_waits, report, model), is_parity=True)
         part(f"graphs, {name}", partial(add_graphs, report, model))
     part("bandwidth", partial(_add_bandwidth, report, bandwidth, device))
     for name, model in models.items():
@@ -88,7 +97,7 @@ def check_parity(report: LiveReport, models: dict[str, Model], name: str, device
     """Builds a model, puts it among the others, and compares its decoders."""
     model = build_model(report, name, device, effort.cache_tokens)
     if model is None:
-        return
+        raise MemoryError(f"{name} does not fit on the device")
     models[name] = model
     if not has_graphs(model.decoder):
         report.note(f"{name}: decodes without graphs, so these compare the eager way with itself")
@@ -175,7 +184,9 @@ def _run_tests(report: LiveReport, device: torch.device) -> None:
     if missing := [name for name in ("pytest", "msgspec") if importlib.util.find_spec(name) is None]:
         report.note(f"the tests need {' and '.join(missing)}")
         return
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/runtime"]
+    files = [str(path) for path in sorted(Path("tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+    report.note(f"pytest -m gpu {' '.join(files)}")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=report.seconds_left())
     (report.folder / "pytest.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
     report.require("tests_exit_code", done.returncode, "≤ 0")

@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, parameter_shapes
 from dash_runtime.decoder.backends.eager import EagerBackend
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.devices import CpuDevice
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.heads import Heads
@@ -173,10 +175,11 @@ def test_all_actions_at_8b_fit_in_48_gigabytes() -> None:
     assert 30e9 < needed_bytes(SHAPES["8b"], offered, 34_000) < 48e9
 
 
-def test_a_policy_that_has_learned_nothing_takes_every_action(model: Model) -> None:
+def test_a_policy_that_has_learned_nothing_skips_some_layers_and_runs_others_in_full(model: Model) -> None:
     with contexts(model.pool, [40], 65) as caches:  # rows of a batch would agree on one action
         run = generate(model.eager, InlineLane(), model.policies[0], caches, [7], 64)
-    assert {Action(number) for step in run.plans for plan in step for number in plan} == set(Action) - {Action.INT3}
+    assert {Action(number) for step in run.plans for plan in step for number in plan} == {Action.SKIP, Action.FULL}
+    assert {policy.head for policy in model.policies} == {Action.FULL}
 
 
 def test_a_policy_decides_no_layer_before_it_has_looked_ahead() -> None:
@@ -192,6 +195,28 @@ def test_a_replayed_plan_gives_the_same_tokens_and_asks_nobody(model: Model) -> 
         again = generate(model.decoder, lane, model.policies[0], caches, [1, 2], 8, replayed=planned.plans)
     assert (again.tokens, again.plans) == (planned.tokens, planned.plans)
     assert lane.exposed_ns == exposed > 0
+
+
+def test_every_step_is_guarded_from_its_pass_to_its_logits(model: Model) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def guard() -> Iterator[None]:
+        seen.append("begin")
+        yield
+        seen.append("end")
+
+    with contexts(model.pool, [20], 4) as caches:
+        lane, policy = InlineLane(), model.policies[0]
+        generate(model.eager, lane, policy, caches, [1], 3, guard=guard, on_logits=lambda own: seen.append("logits"))
+    assert seen == ["begin", "end", "logits"] * 3
+
+
+def test_a_model_that_does_not_fit_breaks_the_run(report: LiveReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuDevice, "free_bytes", lambda device: 1000)
+    report.part("tiny", lambda: check_parity(report, {}, "tiny", CPU, QUICK), is_parity=True)
+    assert report.broken_parities == ["tiny"]
+    assert "does not fit" in kept(report)["parts"]["tiny"]["error"]
 
 
 def test_parities_move_everything_to_the_device_that_they_use_there(
