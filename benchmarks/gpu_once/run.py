@@ -1,4 +1,4 @@
-"""The parts of the run, in their order: card, parity, graphs, layers, tokens per second, overlap.
+"""The units of the run and their parts, in order: a model has parity, graphs, layers, tokens per second, overlap.
 
 Knows which part measures what; knows no arguments.
 """
@@ -8,6 +8,7 @@ import math
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -31,6 +32,7 @@ from benchmarks.gpu_once.parity import (
     token_parity,
     verification_parity,
 )
+from benchmarks.gpu_once.pieces import PIECES, piece_parity
 from benchmarks.gpu_once.speeds import CONTEXT, measure_exposed, measure_speeds
 from dash_runtime.devices import device_of
 
@@ -64,33 +66,44 @@ FULL = Effort((1, 2, 3, 4, 8, 16, 17, 32), (1, 3, 16), 64, (1, 4, 16), (256, 204
 QUICK = Effort((1, 3, 16), (1, 3), 16, (1, 16), (256,), (1, 16), 8, 1, 4)
 
 
-def run_parts(report: LiveReport, shapes: list[str], device: torch.device, effort: Effort) -> None:
-    """Runs every part; what fails is in the report, and the others go on."""
-    models: dict[str, Model] = {}
-    bandwidth: list[float] = []
-    part = report.part
-    part("card and versions", partial(_note_machine, report, device))
-    part("parity, float32", partial(float_parity, report, shapes[0], device, effort.parity_tokens), is_parity=True)
-    for name in shapes:
-        part(f"parity, bfloat16, {name}", partial(check_parity, report, models, name, device, effort), is_parity=True)
-    for name, model in models.items():
-        part(f"waits, {name}", partial(check_waits, report, model), is_parity=True)
-        part(f"graphs, {name}", partial(add_graphs, report, model))
-    part("bandwidth", partial(_add_bandwidth, report, bandwidth, device))
-    for name, model in models.items():
-        peak = max(bandwidth, default=math.nan)
-        part(f"layers, {name}", partial(measure_layers, report, model, effort.layer_rows, effort.num_context, peak))
-    for name, model in models.items():
+TESTS = "tests"
+
+
+def units_of(shapes: Sequence[str]) -> list[str]:
+    """Returns what runs in a process of its own, in order: risky pieces, models, tests."""
+    return [*PIECES, *shapes, TESTS]
+
+
+def run_unit(report: LiveReport, unit: str, shapes: Sequence[str], device: torch.device, effort: Effort) -> None:
+    """Runs every part of a unit; what fails is in the report, and the others go on."""
+    report.part("card and versions", partial(_note_machine, report, device))
+    if unit in PIECES:
+        report.part(f"piece, {unit}", partial(piece_parity, report, unit, device), is_parity=True)
+    elif unit == TESTS:
+        report.part("pytest -m gpu", partial(_run_tests, report, device))
+    else:
+        _run_model(report, unit, device, effort, is_first=unit == shapes[0])
+
+
+def _run_model(report: LiveReport, name: str, device: torch.device, effort: Effort, is_first: bool) -> None:
+    part, models, bandwidth = report.part, dict[str, Model](), list[float]()
+    if is_first:
+        part("parity, float32", partial(float_parity, report, name, device, effort.parity_tokens), is_parity=True)
+    part(f"parity, bfloat16, {name}", partial(check_parity, report, models, name, device, effort), is_parity=True)
+    model = models.get(name)
+    if model is None:
+        return
+    part(f"waits, {name}", partial(check_waits, report, model), is_parity=True)
+    part(f"graphs, {name}", partial(add_graphs, report, model))
+    part(f"bandwidth, {name}", partial(_add_bandwidth, report, name, bandwidth, device))
+    peak = max(bandwidth, default=math.nan)
+    part(f"layers, {name}", partial(measure_layers, report, model, effort.layer_rows, effort.num_context, peak))
+    for measure, what in ((measure_speeds, "tokens per second"), (measure_exposed, "exposed time")):
         for num_rows in effort.speed_rows:
-            measure = partial(measure_speeds, report, model, num_rows, effort.speed_tokens, effort.rounds)
-            part(f"tokens per second, {name}, {num_rows} rows", measure)
-    for name, model in models.items():
-        for num_rows in effort.speed_rows:
-            measure = partial(measure_exposed, report, model, num_rows, effort.speed_tokens, effort.rounds)
-            part(f"exposed time, {name}, {num_rows} rows", measure)
-    for name, model in models.items():  # after all that is timed, since a profiler may slow what follows
-        part(f"overlap, {name}", partial(_measure_overlap, report, model, effort.traced_tokens))
-    part("pytest -m gpu", partial(_run_tests, report, device))
+            own = partial(measure, report, model, num_rows, effort.speed_tokens, effort.rounds)
+            part(f"{what}, {name}, {num_rows} rows", own)
+    # After all that is timed, since a profiler may slow what follows.
+    part(f"overlap, {name}", partial(_measure_overlap, report, model, effort.traced_tokens))
 
 
 def check_parity(report: LiveReport, models: dict[str, Model], name: str, device: torch.device, effort: Effort) -> None:
@@ -107,9 +120,9 @@ def check_parity(report: LiveReport, models: dict[str, Model], name: str, device
     verification_parity(report, model)
 
 
-def _add_bandwidth(report: LiveReport, bandwidth: list[float], device: torch.device) -> None:
+def _add_bandwidth(report: LiveReport, name: str, bandwidth: list[float], device: torch.device) -> None:
     bandwidth += copy_bandwidth(device)
-    report.add("copy_bandwidth_gb_per_second", [rate / 1e9 for rate in bandwidth])
+    report.add(f"{name}_copy_bandwidth_gb_per_second", [rate / 1e9 for rate in bandwidth])
 
 
 def _note_machine(report: LiveReport, device: torch.device) -> None:

@@ -1,8 +1,11 @@
 """The run for a GPU works wherever torch does; what only a GPU can show is tried on fakes of its parts."""
 
+import io
 import json
+import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,13 +17,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_once.__main__ import main
+from benchmarks.gpu_once.archive import archive
 from benchmarks.gpu_once.decoding import contexts, generate
 from benchmarks.gpu_once.graphs import layers_of
 from benchmarks.gpu_once.live_report import FILE_NAME, LiveReport
 from benchmarks.gpu_once.model import Model, build_model, fitting_actions
 from benchmarks.gpu_once.parity import equal_steps, float_parity, layer_parity, token_parity, verification_parity
+from benchmarks.gpu_once.pieces import PIECES, piece_parity
+from benchmarks.gpu_once.processes import OUTPUT_NAME, run_units
 from benchmarks.gpu_once.random_models import SHAPES, RandomWeights, needed_bytes, random_policy, tensor_shapes
-from benchmarks.gpu_once.run import QUICK, check_parity
+from benchmarks.gpu_once.run import QUICK, check_parity, units_of
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, parameter_shapes
 from dash_runtime.decoder.backends.eager import EagerBackend
@@ -40,7 +46,7 @@ REFUSED = (
     "jinja2 grpc google psutil matplotlib tqdm pytest"
 )
 WITHOUT_THIRD_PARTIES = f"""
-import runpy, sys
+import sys
 
 class Refuses:
     def find_spec(self, name, path=None, target=None):
@@ -48,8 +54,8 @@ class Refuses:
             raise ModuleNotFoundError(name, name=name)
 
 sys.meta_path.insert(0, Refuses())
-runpy.run_module("benchmarks.gpu_once", run_name="__main__")
 """
+"""A `sitecustomize.py`, which the processes that the run starts read too."""
 
 
 def failing() -> None:
@@ -62,14 +68,22 @@ def kept(report: LiveReport) -> dict[str, Any]:
 
 
 def test_with_nothing_but_torch_the_run_comes_to_its_end_and_all_parities_hold(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WITHOUT_THIRD_PARTIES, str(tmp_path), "--device", "cpu", "--quick"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    content = json.loads((tmp_path / FILE_NAME).read_text(encoding="utf-8"))
+    folder = tmp_path / "results"
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_THIRD_PARTIES)
+    command = [sys.executable, "-m", "benchmarks.gpu_once", str(folder), "--device", "cpu", "--quick"]
+    own = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=500)
+    content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert content["broken_parities"] == []
     assert [name for name, part in content["parts"].items() if part.keys() != {"seconds"}] == []
     assert [note for note in content["notes"] if "left out" in note] == []
+    assert [path.name for path in folder.glob("gpu_once.tar.gz.*")] == ["gpu_once.tar.gz.0"]
+    assert "all parities hold" in done.stdout
+    for unit in units_of(["tiny"]):
+        assert (folder / unit / OUTPUT_NAME).read_text(encoding="utf-8") in done.stdout
     for name in (
+        *(f"piece_{name}_error" for name in PIECES),
         "tiny_fp32_cpu_vs_device_full_equal_tokens",
         "tiny_layer_error_mixed_rows3",
         "tiny_int4_rows3_twice_bit_equal",
@@ -102,9 +116,43 @@ def test_on_a_gpu_all_parities_hold(report: LiveReport, shape: str) -> None:
 def test_time_that_is_over_leaves_the_rest_out_and_breaks_the_parities_that_were_not_checked(tmp_path: Path) -> None:
     assert main([str(tmp_path), "--device", "cpu", "--seconds", "0"]) == 1
     content = json.loads((tmp_path / FILE_NAME).read_text(encoding="utf-8"))
-    assert content["broken_parities"] == ["parity, float32", "parity, bfloat16, tiny"]
-    assert content["figures"] == {}
-    assert content["parts"]["pytest -m gpu"]["left_out"] == "the run's time is over"
+    assert content["broken_parities"] == units_of(["tiny"])
+    assert "figures" not in content
+    assert content["parts"]["tests"]["left_out"] == "the run's time is over"
+
+
+def test_a_unit_whose_process_dies_costs_that_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = run_units(tmp_path, ["pinned_copies", "index_copy"], 100, ["--device", "none"])
+    content = json.loads((tmp_path / FILE_NAME).read_text(encoding="utf-8"))
+    assert broken == content["broken_parities"] == [*content["parts"]] == ["pinned_copies", "index_copy"]
+    assert "ended with 2" in content["parts"]["index_copy"]["error"]
+    assert "invalid choice" in (tmp_path / "index_copy" / OUTPUT_NAME).read_text(encoding="utf-8")
+    assert capsys.readouterr().out.count("invalid choice") == 2
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_piece_whose_graph_does_something_else_breaks_its_parity(
+    report: LiveReport, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuDevice, "has_graphs", True)
+    monkeypatch.setattr(CpuDevice, "make_capture", lambda device: lambda run: lambda: None)
+    piece_parity(report, name, CPU)
+    assert report.broken_parities == [f"piece_{name}_error"] * 2
+
+
+def test_an_archive_in_pieces_has_all_files_that_there_is_room_for(tmp_path: Path) -> None:
+    sizes = {"small": 10, "folder/large": 40_000, "too-large": 100_000}
+    (tmp_path / "folder").mkdir()
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(os.urandom(size))
+    for _ in range(2):  # a second time it does not take up its own pieces
+        pieces, left_out = archive(tmp_path, piece_bytes=20_000, max_pieces=4)
+        assert left_out == ["too-large"]
+        assert all(path.stat().st_size <= 20_000 for path in pieces)
+    assert 2 <= len(pieces) <= 4
+    whole = io.BytesIO(b"".join(path.read_bytes() for path in pieces))
+    with tarfile.open(fileobj=whole) as packed:
+        assert {own.name: own.size for own in packed} == {name: sizes[name] for name in ("small", "folder/large")}
 
 
 def test_each_figure_is_in_the_file_at_once(report: LiveReport) -> None:
