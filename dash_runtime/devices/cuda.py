@@ -19,7 +19,8 @@ class CudaDevice(Device):
     """One GPU.
 
     Args:
-        cuda: `torch.cuda`, or anything with its `Stream`, `Event`, `stream`, `current_stream` and `mem_get_info`.
+        cuda: `torch.cuda`, or anything with its `Stream`, `Event`, `stream`, `current_stream`, `empty_cache` and
+            `mem_get_info`.
     """
 
     default_lane = LaneKind.CUDA_STREAM
@@ -46,6 +47,7 @@ class CudaDevice(Device):
         torch.cuda.synchronize(self.device)
 
     def free_bytes(self) -> int | None:
+        self.cuda.empty_cache()  # timing kernels takes gigabytes, which torch would hold on to
         free, _ = self.cuda.mem_get_info(self.device)
         return int(free)
 

@@ -170,3 +170,19 @@ def test_stretches_are_consecutive_layers_of_one_device() -> None:
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     own = stretches_of([first, first, second])
     assert [(stretch.device, stretch.layers) for stretch in own] == [(first, range(2)), (second, range(2, 3))]
+
+
+class HoardingCuda:
+    """A fake `torch.cuda` that holds 3 GB which nobody uses."""
+
+    held = 3 * GB
+
+    def empty_cache(self) -> None:
+        self.held = 0
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return 10 * GB - self.held, 10 * GB
+
+
+def test_memory_that_torch_holds_and_does_not_use_is_free() -> None:
+    assert CudaDevice(torch.device("cuda", 0), HoardingCuda()).free_bytes() == 10 * GB
