@@ -22,6 +22,9 @@ from dash_runtime.layers.kv_cache import CachePool
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import Token
 
+_TOKENS_OF_ROW = 2
+"""A row has one position behind it, and writes the next."""
+
 
 class GraphWork:
     """The pieces of work; none where there are no graphs. A piece raises CaptureFailed if the device cannot record one.
@@ -36,7 +39,7 @@ class GraphWork:
         self._decoder = decoder
         self._lane = lane
         self._pool = pool
-        graphs = decoder.graphs
+        graphs = decoder.graphs if pool.total_tokens >= _TOKENS_OF_ROW else None
         self._sizes: Sequence[int] = () if graphs is None else graphs.graph_sizes(max_rows)
         self.contexts: Sequence[int] = () if graphs is None else graphs.context_sizes(longest)
         """The numbers of positions that have graphs of their own, ascending."""
@@ -69,7 +72,7 @@ class GraphWork:
     @contextmanager
     def _batch(self, num_rows: int, compensation: Compensation, kv_action: Action) -> Iterator[Batch]:
         """Yields so many rows, or as many as the pool has room for."""
-        caches = [cache for _ in range(num_rows) if (cache := self._pool.reserve(2)) is not None]
+        caches = [cache for _ in range(num_rows) if (cache := self._pool.reserve(_TOKENS_OF_ROW)) is not None]
         assert caches, "the engine is not idle"
         for cache in caches:
             cache.length = 1
@@ -80,5 +83,5 @@ class GraphWork:
                 yield self._decoder.batch(PassKind.DECODE, caches, [1] * count, *own)
         finally:
             for cache in caches:
-                cache.length = 2  # so that what was written is cleared
+                cache.length = _TOKENS_OF_ROW  # so that what was written is cleared
                 self._pool.release(cache)

@@ -190,6 +190,8 @@ def _capture_graphs(
     """Captures the graphs of short contexts with the usual compensation; once the engine is idle, those of decisions,
     other compensations and longer contexts."""
     work = engine.graph_work()
+    if not work.contexts:
+        return
     shortest, *longer = work.contexts
     with collected_garbage():
         for piece in work.layers(usual, shortest):
