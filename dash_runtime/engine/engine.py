@@ -132,9 +132,8 @@ class Engine:
         if graphs is not None:
             graphs.may_capture = self.may_capture
         try:
-            if (
-                torch.is_inference_mode_enabled()
-            ):  # to enter it takes a hundredth of a token, so a caller may stay in it
+            # To enter it takes a hundredth of a token, so a caller may stay in it.
+            if torch.is_inference_mode_enabled():
                 return self._step()
             with torch.inference_mode():
                 return self._step()
