@@ -102,15 +102,13 @@ class DecodingRows:
         rows_by_policy: dict[int, list[int]] = {}
         for row, place in enumerate(self._places):
             rows_by_policy.setdefault(id(self._assignments[place].policy), []).append(row)
+        of_rows = [self._assignments[place] for place in self._places]
         deciders: list[Decider] = []
         for rows in rows_by_policy.values():
-            assignment = self._assignments[self._places[rows[0]]]
+            assignment = of_rows[rows[0]]
             arguments = rows, self._tokens(rows), assignment.state_costs, len(self._places)
-            policy = unasked(assignment) if self._has_guesses else None
-            if policy is None and isinstance(planner, HighestAction):
-                of_rows = [self._assignments[place] for place in self._places]
-                policy = _asked_by_graphs(assignment, of_rows, planner)
-            policy = policy or _asked(assignment, len(rows), planner)
+            own = unasked(assignment) if self._has_guesses else None
+            policy = own or _asked(assignment, len(rows), of_rows, planner)
             deciders.append(Decider(policy, self._lane, *arguments))
         return deciders
 
@@ -184,32 +182,35 @@ def next_guesses(sequences: Several[Sequence]) -> list[list[int]]:
     return [wanted[place].token_ids[: numbers[place]] if place in wanted else [] for place in range(len(sequences))]
 
 
-def _asked(assignment: Assignment, num_rows: int, planner: Planner | None) -> Policy:
-    """Returns the policy of some rows of a batch; or the plan that they run without it, if all that their skips can be
-    expected to save is less than asking takes. Few rows share the reading of a layer's weights, so that it takes as
-    long until all of them skip it. The price is the first row's: rows of a policy mostly share one."""
-    policy = assignment.policy
-    if not isinstance(policy, LearnedPolicy) or not isinstance(planner, GroupPlanner) or num_rows == 1:
-        return policy
-    if not _may_skip(policy):
-        return policy
-    saved = _seconds_saved(policy, assignment.price, planner, num_rows)
-    asking = num_rows * policy.num_evaluations * assignment.costs.evaluation * _token_seconds(assignment, planner)
-    return policy if saved >= asking else policy.unasked(assignment.price)
+def _asked(assignment: Assignment, num_rows: int, of_pass: Several[Assignment], planner: Planner | None) -> Policy:
+    """Returns the policy of some rows of a pass; or the plan that they run without it, if all that their skips can be
+    expected to save is less than asking takes. The price is the first row's: rows of a policy mostly share one.
 
-
-def _asked_by_graphs(assignment: Assignment, assignments: Several[Assignment], planner: HighestAction) -> Policy:
-    """Returns the same where a layer's graph runs all rows of a pass, these `assignments`, or none of them. One
-    evaluation serves all rows of a policy."""
+    Few rows share the reading of a layer's weights, so that it takes as long until all of them skip it. A layer's graph
+    runs all rows of the pass, `of_pass`, or none of them, and one evaluation serves all rows of a policy.
+    """
     policy, costs = assignment.policy, assignment.costs
-    if not isinstance(policy, LearnedPolicy) or not _may_skip(policy) or len(assignments) == 1:
+    if not isinstance(policy, LearnedPolicy) or not _may_skip(policy):
         return policy
-    unasked, free = policy.unasked(assignment.price), policy.spec.free_layers
-    saved = 0.0
-    if all(_may_skip(own.policy) for own in assignments):
-        share = policy.skip_share(assignment.price)
-        saved = len(free) * planner.cost_saved(costs, unasked.plan[free[0]], len(assignments), share)
-    return policy if saved > policy.num_evaluations * costs.evaluation else unasked
+    if isinstance(planner, GroupPlanner) and num_rows > 1:
+        asking = num_rows * policy.num_evaluations * costs.evaluation * _token_seconds(assignment, planner)
+        pays = _seconds_saved(policy, assignment.price, planner, num_rows) >= asking
+    elif isinstance(planner, HighestAction) and len(of_pass) > 1:
+        pays = _cost_saved(policy, assignment, of_pass, planner) > policy.num_evaluations * costs.evaluation
+    else:
+        return policy
+    return policy if pays else policy.unasked(assignment.price)
+
+
+def _cost_saved(
+    policy: LearnedPolicy, assignment: Assignment, of_pass: Several[Assignment], planner: HighestAction
+) -> float:
+    """Returns what the policy's skips can be expected to save a pass that graphs run, as a share of a token."""
+    if not all(_may_skip(own.policy) for own in of_pass):
+        return 0.0
+    free, price = policy.spec.free_layers, assignment.price
+    usual, share = policy.unasked(price).plan[free[0]], policy.skip_share(price)
+    return len(free) * planner.cost_saved(assignment.costs, usual, len(of_pass), share)
 
 
 def _may_skip(policy: Policy) -> bool:

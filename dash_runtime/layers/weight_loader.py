@@ -38,8 +38,8 @@ class WeightLoader:
     dtype: torch.dtype
     device: torch.device
     finer_keys: Action | None = Action.INT8
-    """What keys and values are in where four bits would change them and the other outputs are in INT4 or INT3: see
-    `precision_of_keys`. None: in INT4 whatever that does to them."""
+    """The precision of keys and values where four bits would change them and the other outputs are in INT4 or INT3
+    (`precision_of_keys`). None: INT4, whatever that does to them."""
     rounding: Rounding = field(default_factory=dict)
     """Matrices that were rounded with their inputs in view."""
 

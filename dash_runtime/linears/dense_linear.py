@@ -52,7 +52,7 @@ class FullLinear:
     keys_from: int | None = None
     """The first of the outputs that are keys and values, up to the last; None if there are none."""
     finer_keys: Action | None = None
-    """What keys and values are in where the other outputs are in INT4 or INT3; None: in INT4."""
+    """The precision of keys and values where the other outputs are in INT4 or INT3; None: INT4."""
     rounded: Mapping[Action, GroupedMatrix] = field(default_factory=dict)
     """The matrix in actions for which it was rounded with its inputs in view; others round each weight to the
     nearest."""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dash_runtime.files.atomic_file import replacing
+from dash_runtime.files.disk_cache import digest, keep
 from dash_runtime.native.levels import best_level, levels_here, processor_features
 from dash_runtime.native.library import NativeLibrary
 from dash_runtime.native.recipe import NATIVE, Level, code_name, compile_code
@@ -116,11 +117,11 @@ def _from_package(path: Path, level: Level, folder: Path, progress: Progress, ch
     if not path.exists():
         return None
     try:
-        passed = folder / f"passed-{_digest(path, processor_features())}"
+        passed = folder / f"passed-{digest((_checked_sum(path), processor_features()))}"
         library = NativeLibrary(path)
         if not passed.exists():
             check(library)
-            _touch(passed)
+            keep(passed, Path.touch)
     except _REASONS as error:
         progress(f"the package's native code for {level.name} is not used: {_reason(error)}")
         return None
@@ -128,22 +129,16 @@ def _from_package(path: Path, level: Level, folder: Path, progress: Progress, ch
     return library
 
 
-def _digest(path: Path, features: str) -> str:
-    """Returns 16 digits of a library and the processor that runs it.
+def _checked_sum(path: Path) -> str:
+    """Returns a library's SHA-256, which is the one that it was built with.
 
     A damaged library must not get as far as the loader, which would crash on a part of one.
     """
     sums = dict(line.split()[::-1] for line in (path.parent / "SHA256SUMS").read_text().splitlines())
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != sums.get(path.name):
+    own = hashlib.sha256(path.read_bytes()).hexdigest()
+    if own != sums.get(path.name):
         raise ValueError(f"{path} is not as it was built")
-    return hashlib.sha256(f"{digest} {features}".encode()).hexdigest()[:16]
-
-
-def _touch(path: Path) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start a check
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    return own
 
 
 def _kept_or_compiled(folder: Path, progress: Progress, level: Level) -> NativeLibrary:
