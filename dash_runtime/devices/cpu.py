@@ -3,8 +3,8 @@
 import contextlib
 import mmap
 import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from dash_runtime.devices.device import Device
 
 _SYSTEM = Path("/proc/meminfo")
-_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_OWN_GROUPS = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 class CpuDevice(Device):
@@ -32,7 +33,8 @@ class CpuDevice(Device):
         return f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
 
     def free_bytes(self) -> int | None:
-        return available_bytes(_text_of(_SYSTEM), [_text_of(path) for path in _GROUP_LIMITS])
+        limits = map(_text_of, memory_limit_files(_text_of(_OWN_GROUPS)))
+        return available_bytes(_text_of(_SYSTEM), limits)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # torch would write its zeros. The pages of an anonymous map are zeros already, and take no room until touched.
@@ -74,6 +76,22 @@ def available_bytes(system: str, group_limits: Iterable[str]) -> int | None:
         return None
     limits = [int(limit) for limit in group_limits if limit.strip().isdecimal()]
     return min([sizes["MemAvailable"], *limits]) + sizes.get("SwapFree", 0)
+
+
+def memory_limit_files(own_groups: str) -> Iterator[Path]:
+    """Yields where a process's control group and those around it have their limits of memory, in both versions of
+    control groups. Some are not there: in a container a group's path may be the host's, so the root comes, too.
+
+    Args:
+        own_groups: the text of `/proc/self/cgroup`.
+    """
+    for line in own_groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mounted, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        for group in (PurePosixPath(path), *PurePosixPath(path).parents):
+            yield _GROUPS / mounted / group.relative_to("/") / name
 
 
 def _text_of(path: Path) -> str:

@@ -1,11 +1,14 @@
 """The real server with the embedded model where something is missing: it starts, says what it lacks, and answers."""
 
+import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dash_runtime.devices.cpu import memory_limit_files
 from tests.e2e.service import Service
 
 pytestmark = pytest.mark.embedded
@@ -43,6 +46,37 @@ def test_with_one_core_it_answers(tmp_path: Path, embedded_cache: Path) -> None:
     own = {"DASH_CACHE_FOLDER": str(embedded_cache), "DASH_MEASURE_FIRST": "false"}
     answer = answer_of(Service(tmp_path, EMBEDDED, [sys.executable, "-c", code], **own))
     assert "Paris" in answer
+
+
+@pytest.fixture
+def small_group(tmp_path: Path) -> Iterator[Path]:
+    """A control group of 1 GB beneath this process's own."""
+    for limit in memory_limit_files(Path("/proc/self/cgroup").read_text()):
+        group = limit.parent / f"dash-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            (group / limit.name).write_text(str(1 << 30))
+            yield group
+            return
+        except OSError:
+            continue
+        finally:
+            group.rmdir()
+    pytest.skip("needs to make a control group with a limit of memory")
+
+
+def test_in_a_gigabyte_it_answers_with_the_actions_that_fit_well(
+    tmp_path: Path, embedded_cache: Path, small_group: Path
+) -> None:
+    code = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); os.execv(sys.argv[2], sys.argv[2:])"
+    own = {"DASH_CACHE_FOLDER": str(embedded_cache), "DASH_MEASURE_FIRST": "false"}
+    prefix = [sys.executable, "-c", code, str(small_group / "cgroup.procs")]
+    service = Service(tmp_path, EMBEDDED, prefix, **own)
+    assert "Paris" in answer_of(service)
+    assert " of 1.1 GB free" in service.log.read_text()
 
 
 def test_without_a_compiler_and_without_native_code_it_answers_eagerly_and_says_so(

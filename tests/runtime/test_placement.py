@@ -10,7 +10,7 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.config import EngineConfig
 from dash_runtime.devices import CudaDevice, find_devices, stretches_of
-from dash_runtime.devices.cpu import available_bytes
+from dash_runtime.devices.cpu import available_bytes, memory_limit_files
 from dash_runtime.errors import ConfigError, NotEnoughMemory
 from dash_runtime.layers.layer import make_layer
 from dash_runtime.layers.weight_loader import WeightLoader
@@ -147,6 +147,22 @@ def test_a_process_can_have_what_is_available_and_no_more_than_its_group(
     system: str, limits: list[str], expected: int | None
 ) -> None:
     assert available_bytes(system, limits) == (None if expected is None else 1024 * expected)
+
+
+@pytest.mark.parametrize(
+    ("own_groups", "expected"),
+    [
+        ("0::/\n", ["memory.max"]),
+        ("0::/a.slice/b\n", ["a.slice/b/memory.max", "a.slice/memory.max", "memory.max"]),
+        (
+            "9:name=systemd:/x\n4:cpu,memory:/y:z\n3:cpuset:/\n",
+            ["memory/y:z/memory.limit_in_bytes", "memory/memory.limit_in_bytes"],
+        ),
+        ("", []),
+    ],
+)
+def test_the_limits_of_a_processs_groups_are_looked_for_in_both_versions(own_groups: str, expected: list[str]) -> None:
+    assert [str(path) for path in memory_limit_files(own_groups)] == [f"/sys/fs/cgroup/{name}" for name in expected]
 
 
 @pytest.mark.parametrize(
