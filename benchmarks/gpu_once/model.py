@@ -90,7 +90,7 @@ def build_model(report: LiveReport, name: str, device: torch.device, cache_token
     decoder = decoder_with_graphs(config, weights, actions, torch.bfloat16, device, MAX_CONTEXT)
     decoder.synchronise()
     compensation = random_compensation(config, torch.bfloat16, device)
-    pool = CachePool(config, cache_tokens, torch.bfloat16, decoder.devices, max_sequences=MAX_ROWS)
+    pool = decoder.pool(cache_tokens, MAX_ROWS)
     policies = tuple(
         random_policy(config, POLICY_ACTIONS, (Action.FULL,), compensation, device, lookahead)
         for lookahead in LOOKAHEADS

@@ -95,9 +95,14 @@ class Decoder:
         """Returns True if a sequence of up to `num_tokens` has other keys than a short one with the same tokens."""
         return any(table.first_row(num_tokens) for table in self._split_tables)
 
+    def pool(self, total_tokens: int, max_sequences: int) -> CachePool:
+        """Returns memory for so many positions of up to `max_sequences` sequences, as its backends need it."""
+        has_graphs = self.graphs is not None
+        return CachePool(self.config, total_tokens, self.dtype, self.devices, max_sequences, by_layer=has_graphs)
+
     def caches(self, sizes: Sequence[int]) -> list[SequenceCache]:
         """Returns one cache per size, which is its number of positions, in a pool of their own."""
-        pool = CachePool(self.config, sum(sizes), self.dtype, self.devices, max_sequences=len(sizes))
+        pool = self.pool(sum(sizes), len(sizes))
         return [cache for size in sizes if (cache := pool.reserve(size)) is not None]
 
     def batch(

@@ -28,7 +28,6 @@ from dash_runtime.engine.step_times import CostWatch, StepClock
 from dash_runtime.engine.waiting_line import WaitingLine
 from dash_runtime.events import EndReason, EngineEvent, RequestRefused
 from dash_runtime.layers.batch import PassKind
-from dash_runtime.layers.kv_cache import CachePool
 from dash_runtime.passes import PassPlan, PassResult, Planner
 from dash_runtime.policy.catalog import Assignment, Catalog
 from dash_runtime.policy.draft_costs import RoundCosts
@@ -62,9 +61,7 @@ class Engine:
         self._lane = lane
         self._planner = planner
         self._config = config
-        self._pool = CachePool(
-            decoder.config, config.cache_tokens, decoder.dtype, decoder.devices, max_sequences=config.num_slots
-        )
+        self._pool = decoder.pool(config.cache_tokens, config.num_slots)
         self._prompts = PromptPasses(decoder, config)
         self._waiting = WaitingLine(constraints)
         self._running: dict[str, Sequence] = {}

@@ -4,6 +4,10 @@ When a sequence gets its slot it reserves the most that it may need (prompt and 
 half-way. Its reservation is contiguous, since gathering pieces for every layer and token costs more than it saves on a
 CPU. It has whole blocks of `BLOCK_TOKENS`, so that what one sequence leaves fits others of about its size. If there is
 room, but not in one piece, the other sequences are moved together first.
+
+All layers of a sequence lie together: a page takes room once it is written, and a short text should write to few huge
+ones, not to one for the keys and one for the values of each layer. For kernels that find rows by their places in a
+layer's memory, a layer's sequences lie together instead (`by_layer`).
 Knows no attention and no requests.
 """
 
@@ -40,7 +44,7 @@ class SequenceCache:
     def place_at(self, start: int) -> None:
         """Uses the pool's memory from token `start` on, a multiple of `BLOCK_TOKENS`. Copies nothing."""
         self.start = start
-        self.memories = [memory[:, :, start : start + self.capacity] for memory in self.pool.memories]
+        self.memories = self.pool.memories_at(start, self.capacity)
         """One per device, `[its layers, 2, capacity, num_kv_heads, head_dim]`: keys and values."""
         if self._filled is not None:
             self._filled.zero_()
@@ -59,8 +63,16 @@ class SequenceCache:
         if rounded is None:
             return None
         if self._filled is None:
-            self._filled = torch.zeros(len(rounded), 2, dtype=torch.int64)
-        return rounded[:, self.start // BLOCK_TOKENS :], self._filled
+            self._filled = torch.zeros(rounded.shape[1], 2, dtype=torch.int64)
+        first, num_layers, num_bytes = self.start // BLOCK_TOKENS, *rounded.shape[1:]
+        own = rounded[first : first + self.capacity // BLOCK_TOKENS].view(num_layers, -1, num_bytes)
+        return own, self._filled
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Bytes of the first device's memory from layer to layer, and from keys to values."""
+        layers, values, *_ = (own * self.memories[0].element_size() for own in self.memories[0].stride())
+        return layers, values
 
     @property
     def memory(self) -> Tensor:
@@ -117,6 +129,7 @@ class CachePool:
     Args:
         devices: one per layer.
         max_sequences: the most that may be reserved at a time; each begins with a block of its own.
+        by_layer: whether the sequences of a layer lie together, and not the layers of a sequence.
     """
 
     def __init__(
@@ -126,6 +139,8 @@ class CachePool:
         dtype: torch.dtype,
         devices: Sequence[torch.device],
         max_sequences: int = 1,
+        *,
+        by_layer: bool = False,
     ) -> None:
         self.total_tokens = total_tokens
         self.reserved_tokens = 0
@@ -133,33 +148,44 @@ class CachePool:
         self._room = num_tokens - BLOCK_TOKENS
         self.spare_token = self._room
         """The first token of a block that no sequence gets: rows that only fill a batch up write there."""
-        shape = (2, num_tokens, config.num_kv_heads, config.head_dim)
-        self.memories = [device_of(own.device).zeros((len(own.layers), *shape), dtype) for own in stretches_of(devices)]
-        """One per device, `[its layers, 2, tokens, num_kv_heads, head_dim]`: keys and values."""
-        self._rounded_shape = len(self.memories[0]), num_tokens // BLOCK_TOKENS, rounded_block_bytes(config)
-        self._layers = _unbound(self.memories)
+        self._by_layer = by_layer
+        stretches, head_shape = stretches_of(devices), (config.num_kv_heads, config.head_dim)
+        self.memories = [
+            device_of(own.device).zeros((*self._first_sizes(len(own.layers), num_tokens), *head_shape), dtype)
+            for own in stretches
+        ]
+        """Keys and values, one per device: `[tokens, its layers, 2, num_kv_heads, head_dim]` as it is allocated where a
+        sequence's layers lie together, and `[its layers, 2, tokens, num_kv_heads, head_dim]` otherwise."""
+        self._rounded_shape = num_tokens // BLOCK_TOKENS, len(stretches[0].layers), rounded_block_bytes(config)
+        self.token_bytes = config.num_kv_heads * config.head_dim * dtype.itemsize
+        """From token to token of a layer's keys, or of its values."""
         self._caches: list[SequenceCache] = []  # in ascending order of `start`
         self.num_moves = 0
         """The number of times that caches were moved: their addresses hold until the next time."""
 
     @cached_property
     def rounded(self) -> Tensor | None:
-        """The first device's memory for keys and values that native code rounds: uint8 `[its layers, tokens /
-        BLOCK_TOKENS, bytes]`. Allocated as `memories` are."""
+        """The first device's memory for keys and values that native code rounds: uint8 `[tokens / BLOCK_TOKENS, its
+        layers, bytes]`. Allocated as `memories` are; of a sequence, a layer's blocks lie together."""
         if not self._rounded_shape[-1]:
             return None
         return device_of(self.memories[0].device).zeros(self._rounded_shape, torch.uint8)
 
     @cached_property
-    def strides(self) -> tuple[int, int, int, int]:
-        """Bytes of the first device's memory from layer to layer, from keys to values, from token to token, and from
-        layer to layer of rounded ones."""
-        layers, values, tokens, *_ = (own * self.memories[0].element_size() for own in self.memories[0].stride())
-        return layers, values, tokens, 0 if self.rounded is None else self.rounded.stride(0)
+    def layers(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """By layer, the keys and values of all tokens, if they lie together: `[tokens, num_kv_heads, head_dim]`
+        each."""
+        assert self._by_layer
+        each = _unbound(self.memories)
+        return list(zip(each[::2], each[1::2], strict=True))
 
-    def layer_memory(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Returns a layer's keys and values of all tokens, `[tokens, num_kv_heads, head_dim]` each."""
-        return self._layers[2 * layer], self._layers[2 * layer + 1]
+    def memories_at(self, start: int, num_tokens: int) -> list[Tensor]:
+        """Returns the memory of a sequence, one tensor per device, `[its layers, 2, num_tokens, num_kv_heads,
+        head_dim]`."""
+        if self._by_layer:
+            return [memory[:, :, start : start + num_tokens] for memory in self.memories]
+        shape = self.memories[0].shape[-2:]
+        return [own[start : start + num_tokens].view(own.shape[1], 2, num_tokens, *shape) for own in self.memories]
 
     def reserve(self, num_tokens: int) -> SequenceCache | None:
         """Returns a cache for up to `num_tokens` positions, or None while others hold the room."""
@@ -175,8 +201,8 @@ class CachePool:
         """Takes the reservation and its memory back. Does nothing if the cache is not held."""
         if cache in self._caches:
             self._caches.remove(cache)
-            for memory in self.memories:
-                memory[:, :, cache.start : cache.start + cache.num_written].zero_()
+            for memory in cache.memories:
+                memory[:, :, : cache.num_written].zero_()
             self.reserved_tokens -= cache.reserved_tokens
 
     def _find_gap(self, num_tokens: int) -> tuple[int, int]:
@@ -196,14 +222,19 @@ class CachePool:
         end = 0
         self.num_moves += 1
         for cache in self._caches:
-            start, num_written = cache.start, cache.num_written
-            if start > end:
-                for memory in self.memories:
-                    memory[:, :, end : end + num_written] = memory[:, :, start : start + num_written].clone()
-                    memory[:, :, max(start, end + num_written) : start + num_written].zero_()
+            if cache.start > end:
+                before = [memory[:, :, : cache.num_written] for memory in cache.memories]
+                written = [memory.clone() for memory in before]
+                for memory in before:
+                    memory.zero_()
                 cache.place_at(end)
+                for memory, own in zip(cache.memories, written, strict=True):
+                    memory[:, :, : cache.num_written] = own
             end += cache.capacity
         return end
+
+    def _first_sizes(self, num_layers: int, num_tokens: int) -> tuple[int, int, int]:
+        return (num_layers, 2, num_tokens) if self._by_layer else (num_tokens, num_layers, 2)
 
 
 def pool_tokens(total_tokens: int, max_sequences: int) -> int:

@@ -137,7 +137,7 @@ class RoundedBlock {
 
   // Returns the first byte of a block, all heads together.
   char *tiles_of(const BlockPlace &place) const {
-    return place.span.rounded + place.memory.layer * place.memory.rounded_bytes +
+    return place.span.rounded + place.memory.layer * place.span.rounded_bytes +
            place.block * (kBlockPositions / kRoundedPositions) * step_;
   }
   static int64_t num_tiles(const BlockPlace &place) {

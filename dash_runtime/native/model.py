@@ -275,7 +275,7 @@ class NativeModel:
             self._rows = rows
             own.spans, own.num_spans, own.num_rows = rows.spans, len(rows.spans), rows.num_rows
             own.rotary, own.num_rotaries = rows.rotary, rows.num_rotaries
-            own.layer_bytes, own.values_bytes, own.token_bytes, own.rounded_bytes = rows.strides
+            own.token_bytes = rows.token_bytes
         return function(self._pass_address)
 
     def _logits_of(self, head: "HeadRows", num_rows: int, are_wanted: bool) -> Tensor | None:

@@ -66,7 +66,7 @@ struct Pass {
   const Head *head;       // null for none
   float *logits;          // [num_rows, vocabulary]; null if only the likeliest are wanted of a head with bounds
   int64_t *likeliest;     // [num_rows]
-  int64_t num_spans, num_rotaries, layer_bytes, values_bytes, token_bytes, rounded_bytes;
+  int64_t num_spans, num_rotaries, token_bytes;
   int64_t num_rows, num_plans, num_threads, first_layer, last_layer;
   int64_t attends_rounded;  // whether rows attend in FULL as rounded layers do
   int64_t *times;           // [layer][start, end], as time.perf_counter_ns
@@ -224,8 +224,7 @@ inline OwnParts own_parts(Parts &parts, const Pass &pass) {
 
 inline Memory memory_of(const Pass &pass, int64_t layer) {
   const int64_t token_stride = pass.token_bytes / int64_t{sizeof(uint16_t)};
-  return {pass.spans,   pass.num_spans,     pass.layer_bytes,    pass.values_bytes,
-          token_stride, pass.rounded_bytes, pass.windows[layer], layer};
+  return {pass.spans, pass.num_spans, token_stride, pass.windows[layer], layer};
 }
 
 inline RotaryOfSpans rotary_of(const Pass &pass, int64_t layer) {

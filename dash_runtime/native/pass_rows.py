@@ -20,23 +20,27 @@ from dash_runtime.native.structs import (
 
 
 class RowSpan(NamedTuple):
-    """Consecutive rows of one sequence: its memory of layer 0, from its first position on, how many positions it has
-    with them, and which rows they are. Then, if rows of rounded layers are to attend to rounded keys and values, memory
-    for these, and by layer the bounds of the positions that have them, int64 `[num_layers, 2]`."""
+    """Consecutive rows of one sequence: its memory of layer 0, from its first position on, the bytes from layer to
+    layer and from keys to values, how many positions it has with them, and which rows they are. Then, if rows of
+    rounded layers are to attend to rounded keys and values, memory for these, the bytes from layer to layer, and by
+    layer the bounds of the positions that have them, int64 `[num_layers, 2]`."""
 
     memory: int
+    layer_bytes: int
+    values_bytes: int
     num_tokens: int
     first_row: int
     num_rows: int
     rounded: int | None = None
+    rounded_bytes: int = 0
     filled: int | None = None
 
 
 class RowsOfPass:
-    """The rows of one call: spans of sequences in one pool of keys and values.
+    """The rows of one call.
 
     Args:
-        strides: the pool's in bytes: layers, keys to values, tokens, layers of rounded keys and values.
+        token_bytes: from token to token of all sequences' memory.
         rotary: for each span, the addresses of cosines and sines `[positions, head_dim]` by the number of the rotary
             table. Their memory is the caller's.
     """
@@ -44,12 +48,12 @@ class RowsOfPass:
     def __init__(
         self,
         spans: Sequence[RowSpan],
-        strides: tuple[int, int, int, int],
+        token_bytes: int,
         rotary: Sequence[Sequence[tuple[int, int]]],
     ) -> None:
         self.spans = (SpanStruct * len(spans))(*[SpanStruct(*own) for own in spans])
         self.num_rows = spans[0].num_rows if len(spans) == 1 else sum(own.num_rows for own in spans)
-        self.strides = strides
+        self.token_bytes = token_bytes
         self.num_rotaries = len(rotary[0])
         tables = [RotaryStruct(*table) for own in rotary for table in own]
         self.rotary = (RotaryStruct * len(tables))(*tables)

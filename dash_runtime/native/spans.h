@@ -24,23 +24,27 @@ struct Filled {
 // Consecutive rows of one sequence, and its keys and values from its first position on. A pass has one for each of its
 // sequences.
 struct Span {
-  char *memory;        // of layer 0
-  int64_t num_tokens;  // the rows' own among them
+  char *memory;                       // of layer 0
+  int64_t layer_bytes, values_bytes;  // from layer to layer, and from keys to values
+  int64_t num_tokens;                 // the rows' own among them
   int64_t first_row, num_rows;
-  char *rounded;   // of layer 0; null for none
-  Filled *filled;  // by layer
+  char *rounded;          // of layer 0; null for none
+  int64_t rounded_bytes;  // from layer to layer
+  Filled *filled;         // by layer
 };
 
 // The spans of a pass in one layer.
 struct Memory {
   const Span *spans;
-  int64_t num_spans, layer_bytes, values_bytes, token_stride, rounded_bytes;  // token_stride in elements
-  int64_t window;                                                             // 0 for none
+  int64_t num_spans, token_stride;  // token_stride in elements
+  int64_t window;                   // 0 for none
   int64_t layer;
 
-  uint16_t *keys(const Span &span) const { return reinterpret_cast<uint16_t *>(span.memory + layer * layer_bytes); }
+  uint16_t *keys(const Span &span) const {
+    return reinterpret_cast<uint16_t *>(span.memory + layer * span.layer_bytes);
+  }
   uint16_t *values(const Span &span) const {
-    return reinterpret_cast<uint16_t *>(span.memory + layer * layer_bytes + values_bytes);
+    return reinterpret_cast<uint16_t *>(span.memory + layer * span.layer_bytes + span.values_bytes);
   }
   int64_t start(int64_t end) const { return window && end > window ? end - window : 0; }
   // The first position that a span's first row sees. Rounded keys and values are read in whole tiles.

@@ -74,7 +74,13 @@ class RotaryStruct(Structure):
 
 
 class SpanStruct(Structure):
-    _fields_ = [*_pointers("memory"), *_numbers("num_tokens", "first_row", "num_rows"), *_pointers("rounded", "filled")]
+    _fields_ = [
+        *_pointers("memory"),
+        *_numbers("layer_bytes", "values_bytes", "num_tokens", "first_row", "num_rows"),
+        *_pointers("rounded"),
+        *_numbers("rounded_bytes"),
+        *_pointers("filled"),
+    ]
 
 
 class BlockStruct(Structure):
@@ -163,7 +169,7 @@ class PassStruct(Structure):
         ("head", POINTER(HeadStruct)),
         *_pointers("logits"),
         ("likeliest", POINTER(c_int64)),
-        *_numbers("num_spans", "num_rotaries", "layer_bytes", "values_bytes", "token_bytes", "rounded_bytes"),
+        *_numbers("num_spans", "num_rotaries", "token_bytes"),
         *_numbers("num_rows", "num_plans", "num_threads", "first_layer", "last_layer", "attends_rounded"),
         *_pointers("times"),
     ]

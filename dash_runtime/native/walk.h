@@ -211,8 +211,9 @@ class Walk {
     memory_.spans.clear(), memory_.rotary.clear();
     const RotaryOfSpans rotary = rotary_of(pass_, layer);
     for (int64_t place = 0; place < count; ++place) {
-      const Span &span = pass_.spans[group[place]];
-      memory_.spans.push_back({span.memory, span.num_tokens, place, 1, span.rounded, span.filled});
+      Span span = pass_.spans[group[place]];
+      span.first_row = place, span.num_rows = 1;
+      memory_.spans.push_back(span);
       memory_.rotary.push_back(rotary.of(group[place]));
       if (place >= rows.first && place < rows.last) copy_state(own.residual, place, shared_.states, group[place]);
     }

@@ -49,8 +49,9 @@ struct Setting {
       for (int64_t place = 0; place < kNumLayers * layer_size; ++place)
         memory[place] = bf16(static_cast<float>(keys() % 1000) / 500 - 1);
       const int64_t num_rows = counts.empty() ? 1 : counts[own];
-      Span span{reinterpret_cast<char *>(memory), rows[first].num_tokens, first, num_rows, nullptr, nullptr};
+      Span span{reinterpret_cast<char *>(memory), 2 * layer_size, layer_size, rows[first].num_tokens, first, num_rows};
       if (is_rounded) {
+        span.rounded_bytes = rounded_size;
         span.rounded = kept.take<char>(kNumLayers * rounded_size), span.filled = kept.take<Filled>(kNumLayers);
         std::memset(span.rounded, 0xFF, kNumLayers * rounded_size);
       }
@@ -77,8 +78,7 @@ struct Setting {
     pass.spans = spans.data(), pass.tokens = tokens.data(), pass.embedding = &model.embedding;
     pass.output = result.states.data(), pass.head = &model.heads[head];
     pass.logits = wants_logits ? result.logits.data() : nullptr, pass.likeliest = result.likeliest.data();
-    pass.num_spans = num_spans, pass.num_rotaries = 2, pass.layer_bytes = 2 * layer_size;
-    pass.values_bytes = layer_size, pass.token_bytes = 2 * kv_size, pass.rounded_bytes = rounded_size;
+    pass.num_spans = num_spans, pass.num_rotaries = 2, pass.token_bytes = 2 * kv_size;
     pass.num_rows = count, pass.num_plans = plans.size(), pass.num_threads = num_threads;
     pass.last_layer = kNumLayers, pass.times = times.data();
   }

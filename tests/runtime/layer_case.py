@@ -99,17 +99,18 @@ class Case:
         if compensation is not None:
             packed = pack_for_rows(compensation, self.config.num_layers, self.config.hidden_size)
             assert packed is not None
+        layers, values, tokens, *_ = (stride * memory.element_size() for stride in memory.stride())
         taken, outputs = Action.SKIP if is_skipped else action, []
         for first, spans in self._calls(apart):
             each, first_row = [], 0
             for place, end, count in spans:
                 sequence = memory[:, :, place * self.num_positions :]
-                more = (in_int8[0, place].data_ptr(), filled[place].data_ptr()) if keys_in_int8 else ()
-                each.append(RowSpan(sequence.data_ptr(), end, first_row, count, *more))
+                rounded = in_int8[0, place].data_ptr(), in_int8.stride(0), filled[place].data_ptr()
+                more = rounded if keys_in_int8 else ()
+                each.append(RowSpan(sequence.data_ptr(), layers, values, end, first_row, count, *more))
                 first_row += count
-            layers, values, tokens, *_ = (stride * memory.element_size() for stride in memory.stride())
             cosines, sines = (own.data_ptr() for own in self.tables)
-            given = RowsOfPass(each, (layers, values, tokens, in_int8.stride(0)), [[(cosines, sines)]] * len(each))
+            given = RowsOfPass(each, tokens, [[(cosines, sines)]] * len(each))
             hidden = self.hidden[first : first + first_row]
             outputs.append(rows.run(hidden, given, taken, LAYER, packed, action))
         added = [place * self.num_positions + position for position, place in self.places]

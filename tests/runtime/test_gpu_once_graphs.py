@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.gpu_once.decoding import contexts, generate
 from benchmarks.gpu_once.graphs import decoder_with_graphs, eager_over, has_graphs, layers_of, prepare
 from benchmarks.gpu_once.live_report import LiveReport
-from benchmarks.gpu_once.model import Model, build_model
+from benchmarks.gpu_once.model import MAX_ROWS, Model, build_model
 from benchmarks.gpu_once.overlap import Overlap, overlap_of, read_events, record
 from benchmarks.gpu_once.random_models import SHAPES, RandomWeights, tensor_shapes
 from benchmarks.gpu_once.run import add_graphs, measure_overlap
@@ -147,8 +147,9 @@ def with_graphs(model: Model, capture: Capture) -> Model:
     parts = layers_of(model.decoder), range(TINY.num_layers), None, model.decoder.heads, eager
     backend = CudaBackend(eager._ends, TINY, *parts, _CapturingDevice(capture), model.decoder.dtype)
     decoder = replace(model.decoder, backends={**model.decoder.backends, PassKind.DECODE: [backend, eager]})
-    captured = prepare(decoder, model.pool, model.compensation, 2)
-    return replace(model, decoder=decoder, eager=eager_over(decoder), captured=captured)
+    pool = decoder.pool(model.pool.total_tokens, MAX_ROWS)
+    captured = prepare(decoder, pool, model.compensation, 2)
+    return replace(model, decoder=decoder, eager=eager_over(decoder), pool=pool, captured=captured)
 
 
 def run_now(function: Callable[[], None]) -> Replay:

@@ -1,5 +1,6 @@
 """All sequences share one number of tokens, and each has one piece of the pool's memory."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -11,9 +12,22 @@ from dash_runtime.layers.kv_cache import BLOCK_TOKENS, CachePool, SequenceCache
 from tests.runtime.support import CPU
 from tests.tiny_models import save_tiny_model
 
+MakePool = Callable[..., CachePool]
 
-def make_pool(tiny_folder: Path, total_tokens: int, max_sequences: int = 8) -> CachePool:
-    return CachePool(load_model_config(tiny_folder), total_tokens, torch.float32, [CPU] * 6, max_sequences)
+
+@pytest.fixture(params=[False, True], ids=["by sequence", "by layer"])
+def by_layer(request: pytest.FixtureRequest) -> bool:
+    """Whether the sequences of a layer lie together, or the layers of a sequence."""
+    return bool(request.param)
+
+
+@pytest.fixture
+def make_pool(tiny_folder: Path, by_layer: bool) -> MakePool:
+    def make(total_tokens: int, max_sequences: int = 8) -> CachePool:
+        config, devices = load_model_config(tiny_folder), [CPU] * 6
+        return CachePool(config, total_tokens, torch.float32, devices, max_sequences, by_layer=by_layer)
+
+    return make
 
 
 def reserved(pool: CachePool, num_tokens: int) -> SequenceCache:
@@ -38,16 +52,23 @@ def holds(cache: SequenceCache, number: int) -> bool:
     )
 
 
-def test_memory_follows_what_is_written_and_not_what_is_reserved(tiny_folder: Path) -> None:
+def test_memory_follows_what_is_written_and_not_what_is_reserved(make_pool: MakePool) -> None:
     before = psutil.Process().memory_info().rss
-    pool = make_pool(tiny_folder, 1_000_000)
+    pool = make_pool(1_000_000)
     fill(reserved(pool, 900_000), 1000, 1)
     assert pool.memories[0].nbytes > 1 << 30
     assert psutil.Process().memory_info().rss - before < 1 << 26
 
 
-def test_reservations_never_exceed_the_pool_and_come_back(tiny_folder: Path) -> None:
-    pool = make_pool(tiny_folder, 100)
+def test_all_layers_of_a_sequence_or_all_sequences_of_a_layer_lie_together(make_pool: MakePool, by_layer: bool) -> None:
+    pool = make_pool(5 * BLOCK_TOKENS)
+    first, second = reserved(pool, 2 * BLOCK_TOKENS), reserved(pool, 3 * BLOCK_TOKENS)
+    before, after = [own.memories[0] for own in (first, second)] if not by_layer else pool.layers[0]
+    assert after.data_ptr() == before.data_ptr() + before.nbytes
+
+
+def test_reservations_never_exceed_the_pool_and_come_back(make_pool: MakePool) -> None:
+    pool = make_pool(100)
     first = reserved(pool, 60)
     reserved(pool, 40)
     assert pool.reserve(1) is None
@@ -58,14 +79,14 @@ def test_reservations_never_exceed_the_pool_and_come_back(tiny_folder: Path) -> 
     reserved(pool, 60)
 
 
-def test_every_sequence_begins_with_a_block_of_its_own(tiny_folder: Path) -> None:
-    pool = make_pool(tiny_folder, 100, max_sequences=100)
+def test_every_sequence_begins_with_a_block_of_its_own(make_pool: MakePool) -> None:
+    pool = make_pool(100, max_sequences=100)
     caches = [reserved(pool, 1) for _ in range(100)]
     assert sorted(cache.start for cache in caches) == [BLOCK_TOKENS * place for place in range(100)]
 
 
-def test_room_in_pieces_is_made_one_piece_without_losing_anything(tiny_folder: Path) -> None:
-    pool = make_pool(tiny_folder, 160, max_sequences=5)
+def test_room_in_pieces_is_made_one_piece_without_losing_anything(make_pool: MakePool) -> None:
+    pool = make_pool(160, max_sequences=5)
     caches = [reserved(pool, 32) for _ in range(5)]
     for number, cache in enumerate(caches):
         fill(cache, 30, number)
@@ -78,9 +99,9 @@ def test_room_in_pieces_is_made_one_piece_without_losing_anything(tiny_folder: P
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_sequences_that_come_and_go_do_not_overlap_and_find_zeros(tiny_folder: Path, seed: int) -> None:
+def test_sequences_that_come_and_go_do_not_overlap_and_find_zeros(make_pool: MakePool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    pool = make_pool(tiny_folder, 300, max_sequences=6)
+    pool = make_pool(300, max_sequences=6)
     held: dict[int, SequenceCache] = {}
     for number in range(1, 120):
         size, choice, share = torch.randint(1, 120, (3,), generator=generator).tolist()
@@ -95,8 +116,8 @@ def test_sequences_that_come_and_go_do_not_overlap_and_find_zeros(tiny_folder: P
     assert pool.reserved_tokens == sum(cache.reserved_tokens for cache in held.values())
 
 
-def test_a_stretch_is_copied_and_appended_as_it_is(tiny_folder: Path) -> None:
-    pool = make_pool(tiny_folder, 400)
+def test_a_stretch_is_copied_and_appended_as_it_is(make_pool: MakePool) -> None:
+    pool = make_pool(400)
     first, second = reserved(pool, 200), reserved(pool, 200)
     for tensor in (*first.keys, *first.values):
         tensor.copy_(torch.randn(tensor.shape))
@@ -110,21 +131,21 @@ def test_a_stretch_is_copied_and_appended_as_it_is(tiny_folder: Path) -> None:
         assert torch.equal(own[:80], expected[:80])
 
 
-def test_truncating_forgets_the_end_only(tiny_folder: Path) -> None:
-    cache = reserved(make_pool(tiny_folder, 10), 10)
+def test_truncating_forgets_the_end_only(make_pool: MakePool) -> None:
+    cache = reserved(make_pool(10), 10)
     fill(cache, 8, 1)
     cache.truncate(5)
     assert cache.length == 5
     assert holds(cache, 1)
 
 
-def test_rounded_keys_and_values_are_forgotten_with_those_that_they_were_made_from(tiny_folder: Path) -> None:
-    pool = make_pool(tiny_folder, 5 * BLOCK_TOKENS, max_sequences=1)
+def test_rounded_keys_and_values_are_forgotten_with_those_that_they_were_made_from(make_pool: MakePool) -> None:
+    pool = make_pool(5 * BLOCK_TOKENS, max_sequences=1)
     first, cache = (reserved(pool, 2 * BLOCK_TOKENS) for _ in range(2))
     assert pool.rounded is not None
     assert cache.rounded is not None
     memory, filled = cache.rounded
-    assert memory.data_ptr() == pool.rounded[0, 2].data_ptr()
+    assert memory.data_ptr() == pool.rounded[2].data_ptr()
     fill(cache, 2 * BLOCK_TOKENS, 1)
     filled.copy_(torch.tensor([[0, 2 * BLOCK_TOKENS], [0, 10]] * 3))
     cache.truncate(20)
@@ -139,4 +160,3 @@ def test_rounded_keys_and_values_are_forgotten_with_those_that_they_were_made_fr
 def test_a_model_with_biases_of_keys_has_no_rounded_ones(tmp_path: Path) -> None:
     pool = CachePool(load_model_config(save_tiny_model(tmp_path, "qwen2")), 64, torch.bfloat16, [CPU] * 6)
     assert reserved(pool, 64).rounded is None
-    assert pool.strides[-1] == 0

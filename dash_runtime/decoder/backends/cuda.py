@@ -258,7 +258,7 @@ class CudaBackend(LayerLoop):
         fused = product(before_attention(weights, hidden))
         rotation = rows.rotation(layer, size.num_rows)
         queries, *written = split_heads(config, weights, fused, num_queries, *rotation)
-        cached = pool.layer_memory(layer)
+        cached = pool.layers[layer]
         for memory, own in zip(cached, written, strict=True):
             memory.index_copy_(0, rows.slots(size.num_rows), own)
         if is_run:

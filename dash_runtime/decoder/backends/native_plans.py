@@ -9,6 +9,7 @@ from dash_runtime.decoder.backends.native_compensation import pack_for_rows
 from dash_runtime.layers import kv_cache as cache_layout
 from dash_runtime.layers.batch import Batch, PassKind, Span
 from dash_runtime.layers.compensation import Compensation
+from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.native.library import NativeLibrary
 from dash_runtime.native.pass_rows import (
@@ -69,12 +70,11 @@ class PassTranslator:
             kept.clear()
         each, first_row = [], 0
         for span, end, num_rows in pieces:
-            rounded = [own.data_ptr() for own in span.cache.rounded or ()]
-            each.append(RowSpan(span.cache.memories[0].data_ptr(), end, first_row, num_rows, *rounded))
+            each.append(_row_span(span.cache, end, first_row, num_rows))
             first_row += num_rows
         tables = list(dict.fromkeys(batch.rotary))
         rotary = [[_addresses(table, span) for table in tables] for span, _, _ in pieces]
-        own = RowsOfPass(each, batch.spans[0].cache.pool.strides, rotary)
+        own = RowsOfPass(each, batch.spans[0].cache.pool.token_bytes, rotary)
         kept[key] = batch.num_moves, own
         return own
 
@@ -123,6 +123,15 @@ class PassTranslator:
             network = self._networks[row.network] = NativePolicy(self._library, row.network)
         assert row.facts is not None
         return RowDecisions(network, row.facts)
+
+
+def _row_span(cache: SequenceCache, end: int, first_row: int, num_rows: int) -> RowSpan:
+    rounded: tuple[int, ...] = ()
+    if cache.rounded is not None:
+        memory, filled = cache.rounded
+        rounded = memory.data_ptr(), memory.stride(0), filled.data_ptr()
+    layers, values = cache.strides
+    return RowSpan(cache.memories[0].data_ptr(), layers, values, end, first_row, num_rows, *rounded)
 
 
 def _addresses(table: RotaryTable, span: Span) -> tuple[int, int]:
