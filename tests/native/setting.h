@@ -49,7 +49,9 @@ struct Setting {
       for (int64_t place = 0; place < kNumLayers * layer_size; ++place)
         memory[place] = bf16(static_cast<float>(keys() % 1000) / 500 - 1);
       const int64_t num_rows = counts.empty() ? 1 : counts[own];
-      Span span{reinterpret_cast<char *>(memory), 2 * layer_size, layer_size, rows[first].num_tokens, first, num_rows};
+      Span span{};
+      span.memory = reinterpret_cast<char *>(memory), span.layer_bytes = 2 * layer_size, span.values_bytes = layer_size;
+      span.num_tokens = rows[first].num_tokens, span.first_row = first, span.num_rows = num_rows;
       if (is_rounded) {
         span.rounded_bytes = rounded_size;
         span.rounded = kept.take<char>(kNumLayers * rounded_size), span.filled = kept.take<Filled>(kNumLayers);
