@@ -17,7 +17,7 @@ MakePool = Callable[..., CachePool]
 
 @pytest.fixture(params=[False, True], ids=["by sequence", "by layer"])
 def by_layer(request: pytest.FixtureRequest) -> bool:
-    """Whether the sequences of a layer lie together, or the layers of a sequence."""
+    """Returns True if the sequences of a layer lie together, and not the layers of a sequence."""
     return bool(request.param)
 
 
@@ -160,3 +160,4 @@ def test_rounded_keys_and_values_are_forgotten_with_those_that_they_were_made_fr
 def test_a_model_with_biases_of_keys_has_no_rounded_ones(tmp_path: Path) -> None:
     pool = CachePool(load_model_config(save_tiny_model(tmp_path, "qwen2")), 64, torch.bfloat16, [CPU] * 6)
     assert reserved(pool, 64).rounded is None
+    assert pool.rounded is None

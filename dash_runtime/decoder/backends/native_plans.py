@@ -126,12 +126,11 @@ class PassTranslator:
 
 
 def _row_span(cache: SequenceCache, end: int, first_row: int, num_rows: int) -> RowSpan:
-    rounded: tuple[int, ...] = ()
-    if cache.rounded is not None:
-        memory, filled = cache.rounded
-        rounded = memory.data_ptr(), memory.stride(0), filled.data_ptr()
-    layers, values = cache.strides
-    return RowSpan(cache.memories[0].data_ptr(), layers, values, end, first_row, num_rows, *rounded)
+    span = RowSpan(cache.memories[0].data_ptr(), *cache.strides, end, first_row, num_rows)
+    if (own := cache.rounded) is None:
+        return span
+    rounded, filled = own
+    return span._replace(rounded=rounded.data_ptr(), rounded_bytes=rounded.stride(0), filled=filled.data_ptr())
 
 
 def _addresses(table: RotaryTable, span: Span) -> tuple[int, int]:
