@@ -18,7 +18,7 @@ from dash_runtime.native.structs import MatrixStruct
     [
         ("words 0 scales 8", "scales 0 words 8", "Matrix.words is 0 in structs.py and 8 in native code"),
         (" top_k 32", "", "Draw.top_k is 32 in structs.py and None in native code"),
-        ("filled 40", "filled 40 more 48", "Span.more is None in structs.py and 48 in native code"),
+        ("filled 64", "filled 64 more 72", "Span.more is None in structs.py and 72 in native code"),
         ("Rotary 16", "Rotary 24", "Rotary has 16 bytes in structs.py and 24 in native code"),
         ("Rotary 16", "Rotation 16", "native code has no Rotary"),
         ("LANES 16", "LANES 8", "constants.LANES is 16 in structs.py and 8 in native code"),
