@@ -37,6 +37,8 @@ SERVED_MATRICES = [
     *((2048, 1536), (512, 1536), (1536, 1536), (17920, 1536), (1536, 8960)),
 ]
 """The matrices of the embedded model, of Qwen2.5 0.5B and of Qwen2.5 1.5B."""
+BIASED_MATRICES = [(1152, 896), (256, 896), (2048, 1536), (512, 1536)]
+"""Those of them that have a bias."""
 SERVED_HEADS = [(49152, 576), (151936, 896), (151936, 1536)]
 PRODUCTS = (make_full_linear, partial(BatchInvariantLinear, WidenedLinear))
 _TOGETHER = 64
@@ -102,13 +104,10 @@ def test_a_row_of_a_full_product_is_bit_equal_among_any_number_of_others() -> No
             assert_rows_are_invariant(make_product, shape, has_bias=True, counts=counts)
 
 
-@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("shape", SERVED_MATRICES, ids=str)
-def test_a_row_of_a_served_models_product_is_bit_equal_among_any_number_of_others(
-    shape: tuple[int, int], has_bias: bool
-) -> None:
+def test_a_row_of_a_served_models_product_is_bit_equal_among_any_number_of_others(shape: tuple[int, int]) -> None:
     for make_product in PRODUCTS:
-        assert_rows_are_invariant(make_product, shape, has_bias, counts=range(1, 18))
+        assert_rows_are_invariant(make_product, shape, has_bias=shape in BIASED_MATRICES, counts=range(1, 18))
 
 
 @pytest.mark.parametrize("shape", SERVED_HEADS, ids=str)
