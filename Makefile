@@ -16,12 +16,15 @@ EXTRAS := server,train,dev
 # beside anything else that runs. Compiled bytecode is kept, because the tests start Python many times
 # over. `.venv/bin/python -m pytest` alone runs everything in turn.
 define run_tests
-env -u PYTHONDONTWRITEBYTECODE OMP_WAIT_POLICY=passive $(1) -m pytest -m alone $(TESTED)
-env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(1) -m pytest -m "not alone" -n 4 --dist loadfile --no-loadscope-reorder $(TESTED)
+env -u PYTHONDONTWRITEBYTECODE OMP_WAIT_POLICY=passive $(1) -m pytest -m "alone and not long" $(TESTED)
+$(call run_side_by_side,$(1),not alone and not long)
+endef
+define run_side_by_side
+env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(1) -m pytest -m "$(2)" -n 4 --dist loadfile --no-loadscope-reorder $(TESTED)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-levels test-lowest test-stack release soak abuse bench peers jaeger lint protos reference clean
+.PHONY: help demo serve test test-long test-levels test-lowest test-stack release soak abuse bench peers jaeger lint protos reference clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -34,6 +37,9 @@ serve: $(INSTALLED)  ## Run the server in the foreground; settings are DASH_… 
 
 test: $(INSTALLED)  ## Run the tests
 	$(call run_tests,$(BIN)/python)
+
+test-long: $(INSTALLED)  ## Run the tests that take long and tell little more: faults, sanitizers, every page's code
+	$(call run_side_by_side,$(BIN)/python,long)
 
 test-lowest: $(LOWEST)/.installed  ## Run the tests on the lowest versions that pyproject.toml declares
 	$(call run_tests,$(LOWEST)/bin/python)

@@ -20,14 +20,18 @@ leave_triton_out()
 
 
 LONG_FILES = (
+    "test_draws.py",
     "test_code_blocks.py",
+    "test_cuda_backend.py",
     "test_policy_command.py",
-    "test_split_model.py",
     "test_soak.py",
+    "test_split_model.py",
+    "test_fake_cuda.py",
+    "test_small_machines.py",
     "test_gpu_once.py",
-    "test_served_families.py",
-    "test_parity.py",
-    "test_build.py",
+    "test_native_checks.py",
+    "test_service.py",
+    "test_native_rows.py",
 )
 """The longest files. Each process of xdist takes two to begin with: of the first four, and then of those that go best
 with them."""

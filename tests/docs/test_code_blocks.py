@@ -10,6 +10,7 @@ from tests.e2e.service import Service
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+READ_FIRST = ROOT / "README.md", ROOT / "docs" / "quickstart.md"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,11 @@ def test_every_block_says_what_it_is(page: Path) -> None:
 
 
 @pytest.mark.embedded
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [*READ_FIRST, *(pytest.param(page, marks=pytest.mark.long) for page in PAGES if page not in READ_FIRST)],
+    ids=lambda page: page.name,
+)
 def test_the_blocks_of_a_page_run(page: Path, service: Service, tmp_path: Path) -> None:
     run_blocks(code_blocks(page), tmp_path, service.client.target)
 

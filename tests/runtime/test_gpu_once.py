@@ -67,6 +67,7 @@ def kept(report: LiveReport) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.long
 def test_with_nothing_but_torch_the_run_comes_to_its_end_and_all_parities_hold(tmp_path: Path) -> None:
     folder = tmp_path / "results"
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_THIRD_PARTIES)

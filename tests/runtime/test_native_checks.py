@@ -71,17 +71,20 @@ CHECKED_LEVELS = dict.fromkeys([best_level(), *(levels_here()[-1:] if "DASH_TEST
 """The best, which has intrinsics; with `make test-levels` the lowest, which has plain vectors, too."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("level", CHECKED_LEVELS, ids=lambda level: level.name)
 def test_no_memory_but_its_own_is_used_and_no_arithmetic_is_undefined(tmp_path: Path, level: Level) -> None:
     skip_without(tmp_path, ADDRESSES)
     assert_holds(built(tmp_path, level, *ADDRESSES))
 
 
+@pytest.mark.long
 def test_threads_use_nothing_that_another_one_writes_meanwhile(tmp_path: Path) -> None:
     skip_without(tmp_path, THREADS)
     assert_holds(built(tmp_path, best_level(), *THREADS))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "level", [level for level in LEVELS if level.machine == "aarch64"], ids=lambda level: level.name
 )

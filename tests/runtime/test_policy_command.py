@@ -152,6 +152,7 @@ def test_calibrating_writes_another_file_with_its_own_budgets(trained: Path, com
     assert out.stat().st_size == pytest.approx((trained / "policy.safetensors").stat().st_size, rel=0.05)
 
 
+@pytest.mark.long
 def test_one_command_makes_weights_policy_table_and_card_and_makes_nothing_twice(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

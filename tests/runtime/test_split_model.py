@@ -205,6 +205,7 @@ def test_the_fake_refuses_operands_of_two_devices(twins: TwinOperations) -> None
 
 
 @pytest.mark.usefixtures("short_measurements")
+@pytest.mark.long
 def test_a_start_calibrates_and_serves_on_two_devices(tmp_path: Path, twins: TwinOperations) -> None:
     folder = save_tiny_model(tmp_path / "model", "llama", num_hidden_layers=4, max_position_embeddings=64)
     said: list[str] = []
