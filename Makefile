@@ -50,7 +50,7 @@ LEVELS ?= x86-64-v3/avx2/AVX2 avx512-vnni/avx512/AVX512_CORE_VNNI
 at_level = env DASH_TEST_LEVEL=$(word 1,$(1)) ATEN_CPU_CAPABILITY=$(word 2,$(1)) ONEDNN_MAX_CPU_ISA=$(word 3,$(1))
 
 test-levels: $(INSTALLED)  ## Run the tests of the runtime and the service as on older processors
-	$(foreach own,$(LEVELS),$(call at_level,$(subst /, ,$(own))) $(MAKE) --no-print-directory test TESTED="tests/runtime tests/e2e tests/soak tests/docs" && )true
+	$(foreach own,$(LEVELS),$(call at_level,$(subst /, ,$(own))) $(MAKE) --no-print-directory test test-long TESTED="tests/runtime tests/e2e tests/soak tests/docs" && )true
 
 # uv reads UV_INDEX and UV_FIND_LINKS instead of pip's variables.
 $(LOWEST)/.installed: pyproject.toml | $(INSTALLED)

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 something that the user can mend, 130 interrupted (trainin
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -97,6 +98,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _positive_number(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
+    return number
+
+
 def _not_negative(text: str) -> int:
     value = int(text)
     if value < 0:
@@ -160,6 +168,10 @@ def _parser() -> argparse.ArgumentParser:
         "--lookahead", type=_positive, default=1, help="layers between a decision and the state it sees (default 1)"
     )
     training.add_argument("--rank", type=_positive, default=96, help="of the compensation (default 96)")
+    training.add_argument(
+        "--tail", type=_positive_number, default=math.inf, metavar="NATS",
+        help="a damage of so many counts twice as much as its nats, smaller ones less (default: none counts more)",
+    )  # fmt: skip
     training.add_argument("--compensation", type=Path, help="to start from: a file of fit, or a policy")
     training.add_argument("--drafter", action="store_true", help="a policy that drafts, for mode EXACT")
     training.add_argument(

@@ -24,6 +24,9 @@ from dash_runtime.training.loaded_model import LoadedModel
 
 _SHARES = (0.95, 0.9, 0.8, 0.7)
 """Budgets that are judged, as shares of what INT4 everywhere costs with its own head."""
+_TAIL = "0.2"
+"""In nats. Of two policies of one model, the one that was trained without spoiled half of all programs that full depth
+solves (docs/policies.md)."""
 Run = Callable[[Sequence[str]], None]
 """Runs another command of `dash-policy` by its arguments."""
 
@@ -51,7 +54,8 @@ def run_make(options: argparse.Namespace, run: Run) -> None:
     else:
         print("step 2 of 4: training a policy", flush=True)
         has_narrow = is_packable(model.config.vocab_size, model.config.hidden_size)
-        chosen = ["--pinned-action", "int4", "--head", (Action.SKIP if has_narrow else Action.INT8).name]
+        head = Action.SKIP if has_narrow else Action.INT8
+        chosen = ["--pinned-action", "int4", "--head", head.name, "--tail", _TAIL]
         chosen += ["--rounds", str(options.rounds), "--batches", str(options.batches)]
         run(["train", *learning, "--out", str(out), "--name", options.name, *chosen])
     policy = load_policy(policy_file, model.config, model.fingerprint, dtype=torch.bfloat16, device=model.device)

@@ -39,6 +39,8 @@ from dash_runtime.training.train import Reached, Trained, Trainer, TrainSettings
 
 CALIBRATION_SEQUENCES = 24
 FIT_SEQUENCES = 128
+_TAIL_SCALE = 0.4
+"""Nats of the damages that skips at usual prices are made of, for the most part."""
 
 
 def run_fit(options: argparse.Namespace) -> None:
@@ -121,8 +123,9 @@ def _train(
         rounds=options.rounds,
         batches=options.batches,
         num_prompt_tokens=options.prompt_tokens,
-        price_range=_price_range(spec),
+        price_range=_price_range(spec, options.tail),
         seed=options.seed,
+        fit=FitSettings(tail=options.tail),
     )
     checkpoint = options.out / "checkpoint.safetensors"
     done = num_rounds_done(checkpoint)
@@ -137,12 +140,14 @@ def _train(
     return trained
 
 
-def _price_range(spec: PlanSpec) -> tuple[float, float]:
-    """Returns the prices to train at: those by which the usual range is as dear, where skipping saves less."""
+def _price_range(spec: PlanSpec, tail: float) -> tuple[float, float]:
+    """Returns the prices to train at: those by which the usual range is as dear, where skipping saves less, or harms
+    more than its damage."""
     low, high = TrainSettings().price_range
     layer = spec.costs.layer
     saved = layer[spec.kv_action] - layer[Action.SKIP] if Action.SKIP in spec.actions else 0.0
     scale = max(1.0, (layer[Action.FULL] - layer[Action.SKIP]) / saved) if saved > 0 else 1.0
+    scale *= 1 + _TAIL_SCALE / tail
     return low * scale, high * scale
 
 

@@ -5,6 +5,7 @@ Gamma deviance fits the mean of such data and minds a factor as much where damag
 Knows labels and the network; knows no model and no text.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,10 @@ _LEAST_OUTPUT = -12.0
 
 @dataclass(frozen=True, slots=True)
 class FitSettings:
-    """Settings of the regression: each batch of labels is fitted in `steps` steps of `rows_per_step` of its rows."""
+    """Settings of the regression: each batch of labels is fitted in `steps` steps of `rows_per_step` of its rows.
+
+    `tail` is in nats: a damage of as many counts twice (`harm`).
+    """
 
     width: int = 64
     inner_width: int = 32
@@ -35,6 +39,7 @@ class FitSettings:
     rows_per_step: int = 4096
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.01
+    tail: float = math.inf
 
 
 class DamageModel(nn.Module):
@@ -80,10 +85,20 @@ class DamageModel(nn.Module):
         return PolicyNetwork(**(own | {"output_weight": weight, "output_bias": bias}))
 
 
-def deviance(outputs: Tensor, labels: Labels) -> Tensor:
+def harm(damage: Tensor, tail: float) -> Tensor:
+    """Returns what damages count, in nats: more than their size, the larger they are.
+
+    Many tokens that are a little off leave an answer as it was. One that is far off may spoil all of it, though both
+    are as many nats in the mean.
+    """
+    kept = damage.clamp(max=_LARGEST)
+    return kept * (1 + kept / tail)
+
+
+def deviance(outputs: Tensor, labels: Labels, tail: float = math.inf) -> Tensor:
     """Returns the mean gamma deviance of the predicted log damages, up to a constant."""
     predicted = outputs.gather(1, labels.action.unsqueeze(1)).squeeze(1)
-    return (labels.damage.clamp(max=_LARGEST) * (-predicted).exp() + predicted).mean()
+    return (harm(labels.damage, tail) * (-predicted).exp() + predicted).mean()
 
 
 class DamageFit:
@@ -108,7 +123,7 @@ class DamageFit:
         for _ in range(self._settings.steps):
             picked = torch.randint(num_rows, (min(self._settings.rows_per_step, num_rows),), generator=generator)
             batch = labels.rows(picked)
-            loss = deviance(self.model(batch), batch)
+            loss = deviance(self.model(batch), batch, self._settings.tail)
             if not loss.isfinite():
                 raise TrainingDiverged("the deviance of the predicted damages is not a number")
             self.optimizer.zero_grad(set_to_none=True)

@@ -191,8 +191,8 @@ class Trainer:
         """Returns the curvature at each layer's output, and takes a step of the compensation along the slope."""
         last = path.decided(path.states[-1])
         curvatures = torch.autograd.grad(last, path.states[1:], judged.curvature, retain_graph=True)
-        weights = price_weights(log_prices).to(judged.slope).unsqueeze(1)
-        self._compensation.step(last, weights * judged.slope, rate)
+        weights = price_weights(log_prices) * (1 + 2 * judged.divergence.cpu() / self._settings.fit.tail)
+        self._compensation.step(last, weights.to(judged.slope).unsqueeze(1) * judged.slope, rate)
         return curvatures
 
     def _path(self, token_ids: Tensor, compensation: LowRank, choose: Choose) -> TokenPath:

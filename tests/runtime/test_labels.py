@@ -166,13 +166,26 @@ def test_a_fitted_network_predicts_the_mean_of_skewed_damages() -> None:
     mean = torch.where(hidden[:, 0] > 0, 0.2, 0.01)
     # Most tokens lose nothing, a few lose three times the mean.
     damage = mean / 0.3 * (torch.rand(20_000, generator=generator) < 0.3)
-    settings = FitSettings(32, 16, steps=60, rows_per_step=2048, learning_rate=2e-3)
+    settings = FitSettings(32, 16, steps=30, rows_per_step=1024, learning_rate=4e-3)
     network = fitted(labels_of(damage, hidden), settings, batches=10)
     test = torch.randn(1000, 32, generator=generator)
     predicted = network.log_damages(0, test, torch.zeros(1000, len(Action) + 3))[:, 0].exp()
     assert float(predicted[test[:, 0] > 0.3, 0].mean()) == pytest.approx(0.2, rel=0.25)
     assert float(predicted[test[:, 0] < -0.3, 0].mean()) == pytest.approx(0.01, rel=0.8)
     assert (predicted[:, 1] < 1e-6).all()  # FULL is what the others are measured by
+
+
+def test_with_a_tail_few_large_damages_count_more_than_many_small_ones_of_the_same_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(20_000, 32, generator=generator)
+    is_rare = torch.rand(20_000, generator=generator) < 0.05
+    damage = torch.where(hidden[:, 0] > 0, is_rare * 1.0, 0.05)
+    test = torch.randn(1000, 32, generator=generator)
+    settings = FitSettings(32, 16, steps=30, rows_per_step=1024, learning_rate=4e-3, tail=0.2)
+    network = fitted(labels_of(damage, hidden), settings, batches=10)
+    predicted = network.log_damages(0, test, torch.zeros(1000, len(Action) + 3))[:, 0, 0].exp()
+    ratio = float(predicted[test[:, 0] > 0.3].mean() / predicted[test[:, 0] < -0.3].mean())
+    assert ratio == pytest.approx((1 + 1 / 0.2) / (1 + 0.05 / 0.2), rel=0.4)
 
 
 def test_damages_that_are_no_numbers_stop_the_fit() -> None:
