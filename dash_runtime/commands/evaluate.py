@@ -6,9 +6,9 @@ Knows options, files and tables; the figures come from evaluation/ and training/
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.commands.cost_files import read_costs
 from dash_runtime.commands.spoken import say
-from dash_runtime.commands.task_quality import evaluate_tasks
+from dash_runtime.commands.task_quality import EngineOf, evaluate_tasks
 from dash_runtime.config import EngineConfig
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError
@@ -39,7 +39,7 @@ from dash_runtime.startup.plan_search import search_text
 from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.curve import write_whole
 from dash_runtime.training.head_map import with_narrow_head
-from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel
+from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel, Served
 from dash_runtime.training.trained_compensation import refit_plan
 
 _SEARCH_SEQUENCES = 4
@@ -57,14 +57,17 @@ def run_evaluate(options: argparse.Namespace) -> None:
     model = LoadedModel(options.model_options, say)
     policies = _policies(options, model)
     model = model.with_head_of(policies)
-    rows = [] if options.no_table else _table(options, model, policies)
+    engine_of = partial(judged_engine, cache(model.served))
+    rows = [] if options.no_table else _table(options, model, policies, engine_of)
     accuracies: list[Accuracy] = []
     if has_tasks:
-        accuracies = evaluate_tasks(options, model, policies, partial(_engine, model))
+        accuracies = evaluate_tasks(options, model, policies, engine_of)
     _write(options, policies, rows, accuracies)
 
 
-def _table(options: argparse.Namespace, model: LoadedModel, policies: list[LearnedPolicy]) -> list[Row]:
+def _table(
+    options: argparse.Namespace, model: LoadedModel, policies: list[LearnedPolicy], engine_of: EngineOf
+) -> list[Row]:
     """Prints and returns the rows of policies and controls, and plots the policies' actions if options ask for it."""
     rows: list[Row] = []
     everything = model.sequences()
@@ -80,14 +83,13 @@ def _table(options: argparse.Namespace, model: LoadedModel, policies: list[Learn
     for policy in policies:
         say(f"searching fixed plans to compare {policy.name} with")
         evaluation = Evaluation(model.decoder, policy, sequences, search, options.prompt_tokens, refit)
-        engine = _engine(model, policy, policy.costs)
         say("each kernel in all layers")
         own = evaluation.uniform()
         for budget in options.budgets:
             say(f"{policy.name} at a budget of {budget:g}, and its controls")
             row, actions = evaluation.learned(budget)
             if not options.no_serving:
-                row = _with_serving(row, evaluation.task, engine, policy, budget, sequences)
+                row = _with_serving(row, evaluation.task, engine_of, policy, budget, sequences)
             own += [row, *evaluation.controls(budget, row.cost_share, actions)]
             if options.plots is not None:
                 options.plots.mkdir(parents=True, exist_ok=True)
@@ -213,16 +215,19 @@ def _refit_static(
     return refit
 
 
-def _engine(model: LoadedModel, policy: LearnedPolicy, costs: CostTable) -> Engine:
-    """Returns an engine with this policy, and with fixed plans of the actions that `costs` price."""
-    actions = tuple(action for action in model.decoder.actions if action in costs.layer)
-    catalog = PolicyCatalog(costs, actions, policy.compensation, [policy])
-    config = EngineConfig(_NUM_SLOTS, _NUM_SLOTS * model.context_length, model.context_length)
-    return assemble_engine(model.decoder, catalog, config, model.context_length)
+def judged_engine(served: Callable[[], Served], policy: LearnedPolicy, costs: CostTable) -> Engine:
+    """Returns an engine with this policy, and with fixed plans of the actions that `costs` price. Prompts run at full
+    depth."""
+    own = served()
+    decoder, length = own.decoder, own.decoder.context_length
+    actions = tuple(action for action in decoder.actions if action in costs.layer)
+    catalog = PolicyCatalog(costs, actions, policy.compensation, [own.prepared(policy)])
+    config = EngineConfig(_NUM_SLOTS, _NUM_SLOTS * length, length)
+    return assemble_engine(decoder, catalog, config, length)
 
 
 def _with_serving(
-    row: Row, task: Task, engine: Engine, policy: LearnedPolicy, budget: float, sequences: Sequence[list[int]]
+    row: Row, task: Task, engine_of: EngineOf, policy: LearnedPolicy, budget: float, sequences: Sequence[list[int]]
 ) -> Row:
     """Returns the row with an engine's figures at that budget, or unchanged if the policy cannot keep it."""
     budgets = policy.budgets(policy.costs)
@@ -230,6 +235,7 @@ def _with_serving(
         return row
     num_tokens = SEQUENCE_LENGTH - task.num_prompt_tokens
     prompts = [ids[: task.num_prompt_tokens] for ids in sequences]
+    engine = engine_of(policy, policy.costs)
     written = own_text(engine, prompts, budget, policy.name, num_tokens)
     outcome, _ = greedy_outcome(task, policy.network, written, budgets.price(budget))
     served = measure_serving(engine, prompts[0], budget, policy.name, _SPEED_TOKENS)

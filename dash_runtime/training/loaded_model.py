@@ -1,6 +1,6 @@
 """A checkpoint opened for training and evaluation, with its text. Knows files and decoders; knows no policies."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,6 +60,14 @@ class ModelOptions:
     device: str
     cache_folder: Path
     data: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A decoder as a server has it, and what makes of a policy the one that a server evaluates."""
+
+    decoder: Decoder
+    prepared: Callable[[LearnedPolicy], LearnedPolicy]
 
 
 class LoadedModel:
@@ -127,11 +135,17 @@ class LoadedModel:
         Args:
             learned: as in `StepMeasurement`.
         """
+        served = self.served()
+        step = StepMeasurement(served.decoder, compensation, list(map(served.prepared, learned)))
+        return measure_costs(step, seconds=_MEASURED_SECONDS).table
+
+    def served(self) -> Served:
+        """Returns what a server runs: native code over packed weights, or `decoder` where there is none."""
         library, _ = native_code_for(
             self.config, self.context_length, torch.bfloat16, self.device, self._options.cache_folder, self._progress
         )
         if library is None:
-            return measure_costs(StepMeasurement(self.decoder, compensation, learned), seconds=_MEASURED_SECONDS).table
+            return Served(self.decoder, lambda policy: policy)
         loader = self._loader(self.rounding)
         key = self.fingerprint, self.rounding.identity, self._finer_keys is Action.INT8
         files = PackedFiles(self._options.cache_folder / "packed", key, loader, self._weights, self._head_map)
@@ -144,8 +158,7 @@ class LoadedModel:
             shares_heads=True,
             progress=self._progress,
         )
-        own = [with_native_code(policy, library, None) for policy in learned]
-        return measure_costs(StepMeasurement(decoder, compensation, own), seconds=_MEASURED_SECONDS).table
+        return Served(decoder, lambda policy: with_native_code(policy, library, None))
 
     def dense_decoder(self, actions: Sequence[Action] = ()) -> DenseDecoder:
         """Returns the same model for learning, with FULL and the kernels of these actions."""

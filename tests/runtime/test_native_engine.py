@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action
+from dash_runtime.commands.evaluate import judged_engine
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.engine.engine import Engine
 from dash_runtime.policy.catalog import FRONTIER
+from dash_runtime.policy.policy_file import load_policy
 from dash_runtime.startup.build import BuildOptions, build_engine
+from dash_runtime.training.loaded_model import LoadedModel, ModelOptions
 from tests.runtime.native_model import NUM_THREADS, SmallModel
 from tests.runtime.random_policy import NAME
 from tests.runtime.support import drain, finished, tokens
@@ -26,7 +29,9 @@ MODES = {
 }
 
 
-def engine_of(model: SmallModel, group_planner: bool, num_slots: int = 24, cache_tokens: int = 4096) -> Engine:
+def engine_of(
+    model: SmallModel, group_planner: bool, num_slots: int = 24, cache_tokens: int = 4096, rounds_prompts: bool = True
+) -> Engine:
     options = BuildOptions(
         devices=["cpu"],
         num_threads=NUM_THREADS,
@@ -35,7 +40,12 @@ def engine_of(model: SmallModel, group_planner: bool, num_slots: int = 24, cache
         checks_kept_costs=False,  # a table that is replaced between two requests is another price for the second
         least_drafting_gain=0.0,
     )
-    config = EngineConfig(num_slots=num_slots, cache_tokens=cache_tokens, group_planner=group_planner)
+    config = EngineConfig(
+        num_slots=num_slots,
+        cache_tokens=cache_tokens,
+        group_planner=group_planner,
+        rounds_prompts=rounds_prompts,
+    )
     said: list[str] = []
     torch_threads = torch.get_num_threads()
     try:
@@ -93,6 +103,18 @@ def test_the_policy_is_evaluated_by_native_code_within_a_rows_pass(engine: Engin
     policy = engine._catalog._learned[NAME]
     assert policy.evaluator is not None
     assert policy.decides_in_pass
+
+
+def test_a_policy_is_judged_by_the_tokens_that_a_server_gives(small_model: SmallModel) -> None:
+    options = ModelOptions(str(small_model.folder), None, "cpu", small_model.cache_folder, None)
+    model = LoadedModel(options, lambda line: None, tuple(Action))
+    policy = load_policy(small_model.policy_file, model.config, model.fingerprint, dtype=torch.bfloat16, device="cpu")
+    judged = judged_engine(model.served, policy, policy.costs)
+    assert judged._catalog._learned[NAME].decides_in_pass
+    served = engine_of(small_model, True, rounds_prompts=False)
+    own = {request.skip: request for request in requests()}
+    for mode in ("full depth", "INT8", "INT4"):
+        assert alone(judged, own[MODES[mode]]) == alone(served, own[MODES[mode]]), mode
 
 
 @pytest.mark.parametrize("mode", ["full depth", "adaptive"])
