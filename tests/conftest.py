@@ -33,8 +33,8 @@ LONG_FILES = (
     "test_service.py",
     "test_native_rows.py",
 )
-"""The longest files. Each process of xdist takes two to begin with: of the first four, and then of those that go best
-with them."""
+"""The longest files, of `make test` and of `make test-long`. Each process of xdist takes two to begin with: one of the
+first four, and one of the next four."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -166,7 +166,7 @@ def test_a_fitted_network_predicts_the_mean_of_skewed_damages() -> None:
     mean = torch.where(hidden[:, 0] > 0, 0.2, 0.01)
     # Most tokens lose nothing, a few lose three times the mean.
     damage = mean / 0.3 * (torch.rand(20_000, generator=generator) < 0.3)
-    settings = FitSettings(32, 16, steps=30, rows_per_step=1024, learning_rate=4e-3)
+    settings = FitSettings(32, 16, steps=60, rows_per_step=2048, learning_rate=2e-3)
     network = fitted(labels_of(damage, hidden), settings, batches=10)
     test = torch.randn(1000, 32, generator=generator)
     predicted = network.log_damages(0, test, torch.zeros(1000, len(Action) + 3))[:, 0].exp()

@@ -206,8 +206,9 @@ async def test_a_connection_that_is_old_takes_no_new_calls_and_loses_none(model_
         async for event in server.stream(text="abc", max_new_tokens=60):
             seen.append(connections_to(server.port))
             texts.append(event.delta.text)
-        # Beside the stream's own an idle one, which grew old before the call began, may still be closing.
-        assert seen[0]
+        # The stream's own is there until its end, which a reader may see late. Beside it an idle one, which grew old
+        # before the call began, may still be closing.
+        assert len(set.intersection(*seen[: len(seen) // 2 + 1])) == 1
         assert len("".join(texts)) == 60
         await server.generate(text="abc", max_new_tokens=1)
         assert connections_to(server.port).isdisjoint(seen[0])
