@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--rank", type=_positive, default=96, help="of the compensation (default 96)")
     training.add_argument(
         "--tail", type=_positive_number, default=math.inf, metavar="NATS",
-        help="a damage of so many counts twice as much as its nats, smaller ones less (default: none counts more)",
+        help="a damage of so many counts twice, a larger one more (default: each counts as it is)",
     )  # fmt: skip
     training.add_argument("--compensation", type=Path, help="to start from: a file of fit, or a policy")
     training.add_argument("--drafter", action="store_true", help="a policy that drafts, for mode EXACT")

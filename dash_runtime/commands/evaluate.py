@@ -39,7 +39,7 @@ from dash_runtime.startup.plan_search import search_text
 from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.curve import write_whole
 from dash_runtime.training.head_map import with_narrow_head
-from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel, Served
+from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel, ServedDecoder
 from dash_runtime.training.trained_compensation import refit_plan
 
 _SEARCH_SEQUENCES = 4
@@ -57,7 +57,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     model = LoadedModel(options.model_options, say)
     policies = _policies(options, model)
     model = model.with_head_of(policies)
-    engine_of = partial(judged_engine, cache(model.served))
+    engine_of = partial(judged_engine, cache(model.served_decoder))
     rows = [] if options.no_table else _table(options, model, policies, engine_of)
     accuracies: list[Accuracy] = []
     if has_tasks:
@@ -83,13 +83,14 @@ def _table(
     for policy in policies:
         say(f"searching fixed plans to compare {policy.name} with")
         evaluation = Evaluation(model.decoder, policy, sequences, search, options.prompt_tokens, refit)
+        engine = None if options.no_serving else engine_of(policy, policy.costs)
         say("each kernel in all layers")
         own = evaluation.uniform()
         for budget in options.budgets:
             say(f"{policy.name} at a budget of {budget:g}, and its controls")
             row, actions = evaluation.learned(budget)
-            if not options.no_serving:
-                row = _with_serving(row, evaluation.task, engine_of, policy, budget, sequences)
+            if engine is not None:
+                row = _with_serving(row, evaluation.task, engine, policy, budget, sequences)
             own += [row, *evaluation.controls(budget, row.cost_share, actions)]
             if options.plots is not None:
                 options.plots.mkdir(parents=True, exist_ok=True)
@@ -215,7 +216,7 @@ def _refit_static(
     return refit
 
 
-def judged_engine(served: Callable[[], Served], policy: LearnedPolicy, costs: CostTable) -> Engine:
+def judged_engine(served: Callable[[], ServedDecoder], policy: LearnedPolicy, costs: CostTable) -> Engine:
     """Returns an engine with this policy, and with fixed plans of the actions that `costs` price. Prompts run at full
     depth."""
     own = served()
@@ -227,7 +228,7 @@ def judged_engine(served: Callable[[], Served], policy: LearnedPolicy, costs: Co
 
 
 def _with_serving(
-    row: Row, task: Task, engine_of: EngineOf, policy: LearnedPolicy, budget: float, sequences: Sequence[list[int]]
+    row: Row, task: Task, engine: Engine, policy: LearnedPolicy, budget: float, sequences: Sequence[list[int]]
 ) -> Row:
     """Returns the row with an engine's figures at that budget, or unchanged if the policy cannot keep it."""
     budgets = policy.budgets(policy.costs)
@@ -235,7 +236,6 @@ def _with_serving(
         return row
     num_tokens = SEQUENCE_LENGTH - task.num_prompt_tokens
     prompts = [ids[: task.num_prompt_tokens] for ids in sequences]
-    engine = engine_of(policy, policy.costs)
     written = own_text(engine, prompts, budget, policy.name, num_tokens)
     outcome, _ = greedy_outcome(task, policy.network, written, budgets.price(budget))
     served = measure_serving(engine, prompts[0], budget, policy.name, _SPEED_TOKENS)

@@ -25,8 +25,8 @@ from dash_runtime.training.loaded_model import LoadedModel
 _SHARES = (0.95, 0.9, 0.8, 0.7)
 """Budgets that are judged, as shares of what INT4 everywhere costs with its own head."""
 _TAIL = "0.2"
-"""In nats. Of two policies of one model, the one that was trained without spoiled half of all programs that full depth
-solves (docs/policies.md)."""
+"""In nats. A policy that was trained without it, and without code in its text, spoiled half of the programs that full
+depth solves (docs/policies.md)."""
 Run = Callable[[Sequence[str]], None]
 """Runs another command of `dash-policy` by its arguments."""
 

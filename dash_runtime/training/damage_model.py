@@ -95,7 +95,7 @@ def harm(damage: Tensor, tail: float) -> Tensor:
     return kept * (1 + kept / tail)
 
 
-def deviance(outputs: Tensor, labels: Labels, tail: float = math.inf) -> Tensor:
+def deviance(outputs: Tensor, labels: Labels, tail: float) -> Tensor:
     """Returns the mean gamma deviance of the predicted log damages, up to a constant."""
     predicted = outputs.gather(1, labels.action.unsqueeze(1)).squeeze(1)
     return (harm(labels.damage, tail) * (-predicted).exp() + predicted).mean()

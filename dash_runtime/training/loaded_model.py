@@ -63,7 +63,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedDecoder:
     """A decoder as a server has it, and what makes of a policy the one that a server evaluates."""
 
     decoder: Decoder
@@ -135,17 +135,17 @@ class LoadedModel:
         Args:
             learned: as in `StepMeasurement`.
         """
-        served = self.served()
+        served = self.served_decoder()
         step = StepMeasurement(served.decoder, compensation, list(map(served.prepared, learned)))
         return measure_costs(step, seconds=_MEASURED_SECONDS).table
 
-    def served(self) -> Served:
+    def served_decoder(self) -> ServedDecoder:
         """Returns what a server runs: native code over packed weights, or `decoder` where there is none."""
         library, _ = native_code_for(
             self.config, self.context_length, torch.bfloat16, self.device, self._options.cache_folder, self._progress
         )
         if library is None:
-            return Served(self.decoder, lambda policy: policy)
+            return ServedDecoder(self.decoder, lambda policy: policy)
         loader = self._loader(self.rounding)
         key = self.fingerprint, self.rounding.identity, self._finer_keys is Action.INT8
         files = PackedFiles(self._options.cache_folder / "packed", key, loader, self._weights, self._head_map)
@@ -158,7 +158,7 @@ class LoadedModel:
             shares_heads=True,
             progress=self._progress,
         )
-        return Served(decoder, lambda policy: with_native_code(policy, library, None))
+        return ServedDecoder(decoder, lambda policy: with_native_code(policy, library, None))
 
     def dense_decoder(self, actions: Sequence[Action] = ()) -> DenseDecoder:
         """Returns the same model for learning, with FULL and the kernels of these actions."""

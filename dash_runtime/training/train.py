@@ -191,6 +191,7 @@ class Trainer:
         """Returns the curvature at each layer's output, and takes a step of the compensation along the slope."""
         last = path.decided(path.states[-1])
         curvatures = torch.autograd.grad(last, path.states[1:], judged.curvature, retain_graph=True)
+        # The factor is the slope of `harm`.
         weights = price_weights(log_prices) * (1 + 2 * judged.divergence.cpu() / self._settings.fit.tail)
         self._compensation.step(last, weights.to(judged.slope).unsqueeze(1) * judged.slope, rate)
         return curvatures

@@ -109,7 +109,7 @@ def test_a_policy_is_judged_by_the_tokens_that_a_server_gives(small_model: Small
     options = ModelOptions(str(small_model.folder), None, "cpu", small_model.cache_folder, None)
     model = LoadedModel(options, lambda line: None, tuple(Action))
     policy = load_policy(small_model.policy_file, model.config, model.fingerprint, dtype=torch.bfloat16, device="cpu")
-    judged = judged_engine(model.served, policy, policy.costs)
+    judged = judged_engine(model.served_decoder, policy, policy.costs)
     assert judged._catalog._learned[NAME].decides_in_pass
     served = engine_of(small_model, True, rounds_prompts=False)
     own = {request.skip: request for request in requests()}

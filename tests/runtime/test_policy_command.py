@@ -219,7 +219,14 @@ def test_unusable_input_is_named_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--actions", "skip"], ["--actions", "skip,none"], ["--iterations", "0"], ["--refit-steps", "-1"]]
+    "arguments",
+    [
+        ["--actions", "skip"],
+        ["--actions", "skip,none"],
+        ["--iterations", "0"],
+        ["--refit-steps", "-1"],
+        ["--tail", "0"],
+    ],
 )
 def test_options_out_of_range_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
