@@ -169,6 +169,8 @@ class CostFit:
         lowest[: len(self._actions)] = (
             _LEAST_LAYER  # a tiny model's layers can vanish in noise, but others are told by them
         )
+        if self.costs.evaluation > 0:
+            lowest[-2] = _LEAST_LAYER  # without any it would be a table that was measured without a policy
         table = np.maximum(self._table + delta, lowest)
         table /= self._full_token @ table
         # A scale of its own is none: spreads are those of the shares.

@@ -1,13 +1,14 @@
 """A cost table fitted to step times: right whatever the machine's speed, its disturbances and its first guess."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from dash_runtime.actions import Action
 from dash_runtime.engine.cost_fit import CostFit, CostSpread, fit_costs
 from dash_runtime.engine.step_times import StepClock, StepTime
-from tests.runtime.cost_samples import FULL_PLAN, INT4_PLAN, TRUE, WRONG, mixed_round, said, steps
+from tests.runtime.cost_samples import FULL_PLAN, INT4_PLAN, SKIP_PLAN, TRUE, WRONG, mixed_round, said, steps
 
 
 def watching(costs=WRONG) -> CostFit:
@@ -72,6 +73,16 @@ def test_plans_served_in_turn_show_how_far_a_table_is_off() -> None:
     off = dict(said(TRUE))["int4"] - dict(said(WRONG))["int4"]
     assert error == pytest.approx(off, abs=0.05)
     assert sd < 0.02
+
+
+def test_evaluations_that_vanish_in_noise_keep_a_cost() -> None:
+    # A start measures anew what was measured without a policy, whose evaluations cost nothing.
+    fit = watching()
+    for _ in range(10):
+        free = steps("adaptive", SKIP_PLAN, num_evaluations=7, costs=replace(TRUE, evaluation=0.0), speed=0.009)
+        add(fit, free, steps("skips", SKIP_PLAN), steps("full-depth", FULL_PLAN))
+    table, _ = fit.estimate()
+    assert 0 < table.evaluation < 1e-4
 
 
 def test_long_contexts_make_no_plan_dearer() -> None:
