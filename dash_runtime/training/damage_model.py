@@ -95,6 +95,11 @@ def harm(damage: Tensor, tail: float) -> Tensor:
     return kept * (1 + kept / tail)
 
 
+def harm_slope(damage: Tensor, tail: float) -> Tensor:
+    """Returns the slope of `harm`. Where that is cut, it is the one at the cut: such tokens go on to count."""
+    return 1 + 2 * damage.clamp(max=_LARGEST) / tail
+
+
 def deviance(outputs: Tensor, labels: Labels, tail: float) -> Tensor:
     """Returns the mean gamma deviance of the predicted log damages, up to a constant."""
     predicted = outputs.gather(1, labels.action.unsqueeze(1)).squeeze(1)

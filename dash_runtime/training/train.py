@@ -25,7 +25,7 @@ from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.rollout.choices import action_rates, greedy_choice
 from dash_runtime.rollout.rollout import Choose, costs_by_action
 from dash_runtime.training.checkpoint import Trainee, load_checkpoint, save_checkpoint
-from dash_runtime.training.damage_model import DamageFit, DamageModel, FitSettings
+from dash_runtime.training.damage_model import DamageFit, DamageModel, FitSettings, harm_slope
 from dash_runtime.training.dense_decoder import DenseDecoder, token_batch
 from dash_runtime.training.labels import measure_labels
 from dash_runtime.training.loss import Judged, TrainingDiverged, divergences, judge
@@ -191,8 +191,7 @@ class Trainer:
         """Returns the curvature at each layer's output, and takes a step of the compensation along the slope."""
         last = path.decided(path.states[-1])
         curvatures = torch.autograd.grad(last, path.states[1:], judged.curvature, retain_graph=True)
-        # The factor is the slope of `harm`.
-        weights = price_weights(log_prices) * (1 + 2 * judged.divergence.cpu() / self._settings.fit.tail)
+        weights = price_weights(log_prices) * harm_slope(judged.divergence.cpu(), self._settings.fit.tail)
         self._compensation.step(last, weights.to(judged.slope).unsqueeze(1) * judged.slope, rate)
         return curvatures
 

@@ -1,5 +1,6 @@
 """Labels are what brute force measures, networks fit them, and a training run can be stopped."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from dash_runtime.policy.network import PolicyNetwork, facts_of
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.rollout.choices import greedy_choice, random_choice
 from dash_runtime.training.checkpoint import num_rounds_done
-from dash_runtime.training.damage_model import DamageFit, DamageModel, FitSettings
+from dash_runtime.training.damage_model import DamageFit, DamageModel, FitSettings, harm, harm_slope
 from dash_runtime.training.dense_decoder import DenseDecoder
 from dash_runtime.training.labels import Labels, measure_labels
 from dash_runtime.training.loss import Judged, TrainingDiverged, divergences, judge
@@ -173,6 +174,15 @@ def test_a_fitted_network_predicts_the_mean_of_skewed_damages() -> None:
     assert float(predicted[test[:, 0] > 0.3, 0].mean()) == pytest.approx(0.2, rel=0.25)
     assert float(predicted[test[:, 0] < -0.3, 0].mean()) == pytest.approx(0.01, rel=0.8)
     assert (predicted[:, 1] < 1e-6).all()  # FULL is what the others are measured by
+
+
+@pytest.mark.parametrize("tail", [0.2, math.inf])
+def test_the_slope_of_harm_is_its_derivative_and_stays_where_harm_is_cut(tail: float) -> None:
+    damage = torch.tensor([0.0, 0.01, 0.4, 2.9], requires_grad=True)
+    harm(damage, tail).sum().backward()
+    torch.testing.assert_close(harm_slope(damage.detach(), tail), damage.grad)
+    largest = harm_slope(torch.tensor([3.0]), tail)
+    assert harm_slope(torch.tensor([50.0]), tail).equal(largest)
 
 
 def test_with_a_tail_few_large_damages_count_more_than_many_small_ones_of_the_same_mean() -> None:
