@@ -166,11 +166,11 @@ class CostFit:
         """Returns the table that fits best, and how well it is known."""
         delta, covariance = self._solve()
         lowest = np.zeros(len(self._table))
-        lowest[: len(self._actions)] = (
-            _LEAST_LAYER  # a tiny model's layers can vanish in noise, but others are told by them
-        )
+        # A tiny model's layers can vanish in noise, but others are told by them. So can a policy's evaluations, without
+        # which a table would be one that was measured without a policy.
+        lowest[: len(self._actions)] = _LEAST_LAYER
         if self.costs.evaluation > 0:
-            lowest[-2] = _LEAST_LAYER  # without any it would be a table that was measured without a policy
+            lowest[-2] = _LEAST_LAYER
         table = np.maximum(self._table + delta, lowest)
         table /= self._full_token @ table
         # A scale of its own is none: spreads are those of the shares.

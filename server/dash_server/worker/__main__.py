@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         logger.error("cannot connect to the server at %s: %s", given.connect, error)
         return 4
     # Imports torch, which takes seconds: the server need not wait for it to know its worker. The collector would walk
-    # over the growing modules time and again, a sixth of these seconds, and find little; later it is spared them.
+    # over the growing modules time and again, a tenth of these seconds, and find little; later it is spared them.
     gc.disable()
     from dash_server.worker.engine_loop import EngineLoop
 
