@@ -6,12 +6,16 @@ With u = work ÷ its cost by the table, log(seconds ÷ cost) = log speed + u·δ
 of the table; taking an epoch's mean from both sides removes the speed. Old epochs fade, since shares move as well:
 those of the actions that read most go with the memory speed that the neighbours leave.
 
+What is served comes in *runs*: one plan's steps, then another's, seconds later and perhaps at another speed. However
+long a run, it is one observation, and how much runs of the same plan differ says how little one tells. What is measured
+takes turns every few steps: there each group of steps is an observation.
+
 Knows steps and tables; knows no decoder, no clock and no files.
 """
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,20 +30,24 @@ Vector = NDArray[np.floating]
 Matrix = NDArray[np.floating]
 
 GROUP = 8
-"""Consecutive steps of one source that count as one observation: the mean evens out work that only some steps do."""
+"""Consecutive steps of one source that are taken together: the mean evens out work that only some steps do."""
 STANDARD_POSITIONS = 256
 """The context at which a table holds. What attention takes beyond it is fitted apart."""
 _LONGEST_OVER_MEDIAN = 1.5
 """Steps of a group that took longer than this times the group's median, by their cost, were disturbed."""
 _NOISE = 0.03
 """Standard deviation of the log time of a group in a quiet epoch."""
-_MOST_GROUPS = 20
-"""Evidence of an epoch that counts: what disturbs it disturbs more than one group."""
+_MOST_RUNS = 20
+"""Evidence of an epoch that counts: what disturbs it disturbs more than one run."""
+_FIRST_DRIFT, _FIRST_DRIFT_WEIGHT = 0.2, 2.0
+"""Standard deviation of the log time between served runs of a plan before any were seen, and as how many it counts."""
 _FIRST_SPREAD = 1.0
 _LEAST = 1e-9
 """Anything smaller would be a mistake of a clock or of a table, and has no logarithm."""
 _KEPT_SHARE = 0.9
 """Share of the evidence that is left after each further epoch: about ten epochs count."""
+_KEPT_DRIFT = 0.95
+"""Share of what runs said of the drift that is left after each further one: about twenty count."""
 _LEAST_LAYER = 1e-6
 """Share of a token."""
 
@@ -121,11 +129,30 @@ class MeasuredCosts:
         return cls(table, spread, int(facts["num_rounds"]), float(facts["measured_at"]))
 
 
+class Drift:
+    """How much the log time of one plan differs from run to run. Belongs to a machine, whatever table is in force."""
+
+    def __init__(self) -> None:
+        self._squares, self._weight = _FIRST_DRIFT_WEIGHT * _FIRST_DRIFT**2, _FIRST_DRIFT_WEIGHT
+
+    @property
+    def variance(self) -> float:
+        return self._squares / self._weight
+
+    def add(self, difference: float) -> None:
+        """Counts the difference of two runs, each of which has the variance."""
+        self._squares = _KEPT_DRIFT * self._squares + difference**2 / 2
+        self._weight = _KEPT_DRIFT * self._weight + 1
+
+
 class CostFit:
     """A running fit around one table. Its memory is a few matrices, whatever it has seen."""
 
-    def __init__(self, costs: CostTable, spread: CostSpread, kept_share: float = _KEPT_SHARE) -> None:
+    def __init__(
+        self, costs: CostTable, spread: CostSpread, kept_share: float = _KEPT_SHARE, drift: Drift | None = None
+    ) -> None:
         self.costs = costs
+        self._drift = drift or Drift()
         self._kept_share = kept_share
         self._actions = list(costs.layer)
         self._heads = list(costs.head)
@@ -143,7 +170,7 @@ class CostFit:
         self._begin_epoch()
 
     def add(self, step: StepTime) -> bool:
-        """Adds a step. Returns True if a group is complete, so that the estimate has changed."""
+        """Adds a served step. Returns True if a group is complete, so that the estimate has changed."""
         if self._group and self._group[0].source != step.source:
             self._group = []
         self._group.append(step)
@@ -153,10 +180,19 @@ class CostFit:
         self._group = []
         return True
 
+    def add_round(self, steps: Iterable[StepTime]) -> None:
+        """Adds steps of plans that were measured in turn, as an epoch of its own."""
+        self.end_epoch()
+        self._is_round = True
+        for step in steps:
+            self.add(step)
+        self.end_epoch()
+
     def end_epoch(self) -> None:
         """Ends an epoch: what comes may run at another speed."""
         self._group = []
-        if self._num_groups > 1:
+        self._end_run()
+        if self._num_runs > 1:
             evidence, answers = self._epoch()
             self._evidence = self._kept_share * self._evidence + evidence
             self._answers = self._kept_share * self._answers + answers
@@ -223,6 +259,16 @@ class CostFit:
             ]
         )
 
+    def _begin_epoch(self) -> None:
+        size = len(self._table) + 1
+        self._is_round = False
+        self._num_runs = 0
+        self._sums, self._products = np.zeros(size), np.zeros((size, size))
+        self._run: list[Vector] = []
+        """The groups of the run that is not over."""
+        self._run_source = ""
+        self._last_runs: dict[str, Vector] = {}
+
     def _add_group(self) -> None:
         ratios = [step.seconds / self._cost(step) for step in self._group]
         longest = _LONGEST_OVER_MEDIAN * statistics.median(ratios)
@@ -236,26 +282,39 @@ class CostFit:
         self._work_by_source[kept[0].source] = work
         cost = max(float(work @ self._table), _LEAST)
         log_time = math.log(max(sum(step.seconds for step in kept) / len(kept), _LEAST) / cost)
-        unit = np.append(work / cost, log_time)
-        self._num_groups += 1
-        self._sums += unit
-        self._products += np.outer(unit, unit)
+        if self._is_round or kept[0].source != self._run_source:
+            self._end_run()
+        self._run_source = kept[0].source
+        self._run.append(np.append(work / cost, log_time))
 
-    def _begin_epoch(self) -> None:
-        size = len(self._table) + 1
-        self._num_groups = 0
-        self._sums, self._products = np.zeros(size), np.zeros((size, size))
+    def _end_run(self) -> None:
+        if not self._run:
+            return
+        mean = np.mean(self._run, axis=0)
+        self._run = []
+        if not self._is_round:
+            if (before := self._last_runs.get(self._run_source)) is not None:
+                delta, _ = self._solve()
+                self._drift.add(float((mean - before) @ np.append(-delta, 1.0)))
+            self._last_runs[self._run_source] = mean
+        self._num_runs += 1
+        self._sums += mean
+        self._products += np.outer(mean, mean)
 
     def _epoch(self) -> tuple[Matrix, Vector]:
         """Returns what this epoch says so far: its differences, weighted by how quiet it was."""
-        size = len(self._table)
-        if self._num_groups < 2:
+        size, num_runs, sums, products = len(self._table), self._num_runs, self._sums, self._products
+        if self._run:
+            mean = np.mean(self._run, axis=0)
+            num_runs, sums, products = num_runs + 1, sums + mean, products + np.outer(mean, mean)
+        if num_runs < 2:
             return np.zeros((size, size)), np.zeros(size)
-        scatter = self._products - np.outer(self._sums, self._sums) / self._num_groups
+        scatter = products - np.outer(sums, sums) / num_runs
         squares, products, total = scatter[:-1, :-1], scatter[:-1, -1], scatter[-1, -1]
         fitted = np.linalg.solve(squares / _NOISE**2 + self._prior, products / _NOISE**2)
-        left = max(0.0, total - 2 * fitted @ products + fitted @ squares @ fitted) / self._num_groups
-        weight = min(1.0, _MOST_GROUPS / self._num_groups) / max(_NOISE**2, left)
+        left = max(0.0, total - 2 * fitted @ products + fitted @ squares @ fitted) / num_runs
+        noise = max(_NOISE**2, left, 0.0 if self._is_round else self._drift.variance)
+        weight = min(1.0, _MOST_RUNS / num_runs) / noise
         return weight * squares, weight * products
 
     def _solve(self) -> tuple[Vector, Matrix]:
@@ -264,15 +323,13 @@ class CostFit:
         return covariance @ (self._answers + answers), covariance
 
 
-def fit_costs(guess: CostTable, epochs: Sequence[Sequence[StepTime]]) -> tuple[CostTable, CostSpread]:
-    """Returns the table that fits all epochs alike, and its spread: from any guess, since it fits again around each
+def fit_costs(guess: CostTable, rounds: Sequence[Sequence[StepTime]]) -> tuple[CostTable, CostSpread]:
+    """Returns the table that fits all rounds alike, and its spread: from any guess, since it fits again around each
     result."""
     costs = guess
     for _ in range(5):
         fit = CostFit(costs, CostSpread.around(costs, _FIRST_SPREAD), kept_share=1.0)
-        for epoch in epochs:
-            for step in epoch:
-                fit.add(step)
-            fit.end_epoch()
+        for steps in rounds:
+            fit.add_round(steps)
         costs, spread = fit.estimate()
     return costs, spread

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from dash_runtime.actions import CostTable
-from dash_runtime.engine.cost_fit import CostFit, CostSpread, MeasuredCosts
+from dash_runtime.engine.cost_fit import CostFit, CostSpread, Drift, MeasuredCosts
 from dash_runtime.engine.step_times import StepTime
 from dash_runtime.events import CostStatus
 from dash_runtime.progress import Progress
@@ -22,8 +22,8 @@ _JUDGED_GROUPS = 4
 """Groups of served steps between two judgements."""
 _LEAST_ERROR = 0.02
 """A table stays if no plan that ran is off by more, as a share of a full-depth token."""
-_LEAST_CERTAINTY = 2.5
-"""Standard deviations that an error must have."""
+_LEAST_CERTAINTY = 3.0
+"""Standard deviations that an error must have. It is asked often."""
 _LEAST_SPREAD = 0.15
 """A good table may be off by this share: the memory speed that neighbours on a shared host leave moves it."""
 _FIRST_ROUNDS = 10
@@ -70,6 +70,7 @@ class CostKeeper:
         self._on_replace = on_replace
         self._progress = progress
         self._now = now
+        self._drift = Drift()
         self._fit = self._new_fit()
         self._epoch_ends_at = now() + _EPOCH_SECONDS
         self._num_groups = 0
@@ -91,7 +92,8 @@ class CostKeeper:
             return
         self._next_group_at = now + _SECONDS_BETWEEN_GROUPS
         if now >= self._epoch_ends_at:
-            self._end_epoch()
+            self._fit.end_epoch()
+            self._epoch_ends_at = now + _EPOCH_SECONDS
         self._num_groups += 1
         if self._num_groups % _JUDGED_GROUPS == 0:
             self._judge()
@@ -117,20 +119,13 @@ class CostKeeper:
             self._end_round()
 
     def _end_round(self) -> None:
-        """Counts a round as an epoch of its own."""
         self._num_rounds += 1
         pause = _FIRST_PAUSE_SECONDS if self._num_rounds < _FIRST_ROUNDS else _LATER_PAUSE_SECONDS
         now = self._now()
         self._next_round_at = now + max(pause, _LEAST_PAUSE_PER_ROUND * (now - self._round_began_at))
-        self._end_epoch()
-        for step in self._round:
-            self._fit.add(step)
-        self._end_epoch()
+        self._fit.add_round(self._round)
+        self._epoch_ends_at = now + _EPOCH_SECONDS
         self._judge()
-
-    def _end_epoch(self) -> None:
-        self._fit.end_epoch()
-        self._epoch_ends_at = self._now() + _EPOCH_SECONDS
 
     def _judge(self) -> None:
         """Replaces the table if a plan that ran surely takes more or less than it says."""
@@ -156,7 +151,7 @@ class CostKeeper:
 
     def _new_fit(self) -> CostFit:
         table = self.costs.table
-        return CostFit(table, self.costs.spread.at_least(CostSpread.around(table, _LEAST_SPREAD)))
+        return CostFit(table, self.costs.spread.at_least(CostSpread.around(table, _LEAST_SPREAD)), drift=self._drift)
 
 
 def describe(costs: CostTable) -> str:

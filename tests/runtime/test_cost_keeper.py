@@ -78,11 +78,13 @@ class Watched:
             self.keeper.work_idly()
 
 
-def in_turn(rng: random.Random, rounds: int) -> Iterator[list[StepTime]]:
+def in_turn(rng: random.Random, rounds: int, drift: float = 0.0) -> Iterator[list[StepTime]]:
+    """Yields answers of three plans; `drift` is the standard deviation of the log speed between answers."""
+    plans = ("full-depth", FULL_PLAN, Action.FULL), ("int4", INT4_PLAN, Action.INT8), ("skip", SKIP_PLAN, Action.FULL)
     for _ in range(rounds):
-        yield steps("full-depth", FULL_PLAN, count=32, noise=0.03, rng=rng)
-        yield steps("fixed-int4", INT4_PLAN, Action.INT8, count=32, noise=0.03, rng=rng)
-        yield steps("fixed-skip", SKIP_PLAN, count=32, noise=0.03, rng=rng)
+        for plan in plans:
+            speed = 0.01 * rng.lognormvariate(0, drift)
+            yield steps(*plan, count=32, noise=0.03, rng=rng, speed=speed)
 
 
 def assert_said_is_taken(costs: CostTable) -> None:
@@ -105,6 +107,15 @@ def test_a_right_table_stays() -> None:
     watched.idle(60)
     assert (watched.replaced, watched.words) == ([], [])
     assert watched.keeper.status.error < 0.02
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_right_table_stays_where_speed_wanders_from_answer_to_answer(seed: int) -> None:
+    watched = Watched(TRUE)
+    for group in in_turn(random.Random(seed), 200, drift=0.3):
+        watched.serve(group)
+        watched.clock.seconds += 0.5
+    assert watched.words == []
 
 
 def test_a_wrong_table_is_replaced_when_nothing_is_served() -> None:
