@@ -1,4 +1,4 @@
-"""Splits a token's time by the native code's functions: layers, head, attention of rows that share products, policy.
+"""Tells how much of a token's time passes in native code: passes with their heads, bursts, and policies.
 
 What is left is Python, torch and sampling. Knows which functions there are; does not know what a mode means.
 """
@@ -24,7 +24,7 @@ from dash_runtime.native.library import NativeLibrary
 from dash_runtime.passes import PassPlan
 from dash_runtime.startup.measure import filled_caches, timed
 
-_FUNCTIONS = ("run_rows", "run_burst", "attend", "choose")
+_FUNCTIONS = ("run_rows", "run_burst", "choose")
 _CONTEXTS = (256, 1500)
 _STREAMS = (1, 16)
 
