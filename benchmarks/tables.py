@@ -100,6 +100,7 @@ TABLES: Mapping[str, Table] = {
             ("the same with prompt lookup, as served", "lookup_adaptive_vs_int4"),
             ("the same where answers copy", "lookup_copy_adaptive_vs_int4"),
             ("a prompt at full depth ÷ the fastest peer", "prefill_full_vs_best_peer"),
+            ("a prompt in INT8 ÷ the same", "prefill_int8_vs_best_peer"),
             ("full depth behind 1,500 tokens ÷ behind 50", "long_context_ratio_full"),
             ("the policy behind 1,500 tokens ÷ behind 50", "long_context_ratio_adaptive"),
         ),
