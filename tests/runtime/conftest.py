@@ -44,9 +44,17 @@ def native_library() -> NativeLibrary:
     return load_native_library()
 
 
-@pytest.fixture(scope="module", params=levels_here() or [best_level()], ids=lambda level: level.name)
+_levels = levels_here() or [best_level()]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*_levels[:1], *(pytest.param(own, marks=pytest.mark.long) for own in _levels[1:-1]), *_levels[1:][-1:]],
+    ids=lambda level: level.name,
+)
 def each_level(request: pytest.FixtureRequest) -> Iterator[Level]:
-    """Runs the tests of a module with native code of every level that this machine has."""
+    """Runs the tests of a module with native code of every level that this machine has; of those between the best and
+    the lowest, which have little of their own, in `make test-long`."""
     with at_level(request.param):
         yield request.param
 
