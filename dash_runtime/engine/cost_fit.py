@@ -130,7 +130,7 @@ class MeasuredCosts:
 
 
 class Drift:
-    """How much the log time of one plan differs from run to run. Belongs to a machine, whatever table is in force."""
+    """A machine's drift: how much the log time of one plan differs from run to run, whatever table is in force."""
 
     def __init__(self) -> None:
         self._squares, self._weight = _FIRST_DRIFT_WEIGHT * _FIRST_DRIFT**2, _FIRST_DRIFT_WEIGHT

@@ -167,7 +167,7 @@ PASSES: list[tuple[PassKind, list[int], list[Action]]] = [
 def test_every_pass_of_every_family_stays_on_the_device(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = save_tiny_model(tmp_path, family, num_hidden_layers=4)
+    folder = save_tiny_model(tmp_path, family)
     config = load_model_config(folder)
     with fake_cuda(monkeypatch):
         decoder = fake_decoder(config)
