@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ import msgspec
 from dash_runtime.checkpoints.weights import open_safetensors
 from dash_runtime.errors import CorruptCheckpoint
 from dash_runtime.files.atomic_file import require_regular_file
+from dash_runtime.files.checked_once import fault_of
 from dash_runtime.files.json_file import read_json_object
 from dash_runtime.files.wording import one_line
 
@@ -81,7 +83,7 @@ def find_damage(folder: Path, manifest: Manifest) -> str | None:
         size_bytes = file.stat().st_size
         if size_bytes != record.size_bytes:
             return f"{file} has {size_bytes} bytes instead of {record.size_bytes}"
-        if record.sha256 is not None and sha256_of(file) != record.sha256:
+        if record.sha256 is not None and fault_of(file, partial(_change_of, file, record.sha256), record.sha256):
             return f"{file} has changed since it was written"
         if file.suffix == ".safetensors":
             try:
@@ -95,6 +97,10 @@ def sha256_of(file: Path) -> str:
     """Returns the file's SHA-256 in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _change_of(file: Path, sha256: str) -> str | None:
+    return None if sha256_of(file) == sha256 else "its contents"
 
 
 def _digest(file: Path) -> str | None:

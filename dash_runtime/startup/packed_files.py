@@ -20,6 +20,7 @@ from dash_runtime.checkpoints import Weights
 from dash_runtime.decoder.backends.packed_model import PackedModel, Part, Take, pack_by_layer
 from dash_runtime.devices import device_of
 from dash_runtime.files.atomic_file import replacing
+from dash_runtime.files.checked_once import fault_of
 from dash_runtime.files.disk_cache import digest
 from dash_runtime.files.tensor_stream import TensorStream, changed_tensor
 from dash_runtime.layers.narrow_head import HeadMap
@@ -99,7 +100,7 @@ class PackedFiles:
     def _is_ready(self, part: Part, progress: Progress) -> bool:
         path = self.path(part)
         try:
-            changed = changed_tensor(path)
+            changed = fault_of(path, lambda: changed_tensor(path))
         except FileNotFoundError:
             return False
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
