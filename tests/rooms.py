@@ -31,6 +31,7 @@ ROOMS = {
     """,
     "dash_server": """
         main
+        running
         server
         telemetry/tracing telemetry/metric_export telemetry/pending_traces
         telemetry/call_spans telemetry/metrics
@@ -60,7 +61,7 @@ ROOMS = {
         worker/
         readers
         tools turns grammar_check
-        text wire statuses watched_files logs handlers loop_watch
+        text wire statuses watched_files logs handlers loop_watch stop_signals exits
     """,
     "dash_runtime": """
         commands/

@@ -74,7 +74,8 @@ class DashServer:
     """A server. Call `start`, then `run_workers` as a task, then `drain` if there is time, then `close`."""
 
     def __init__(self, settings: Settings, starter: WorkerStarter, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises TokenFileError if the token file cannot be used. `clock` says when workers are added and removed."""
+        """Raises TokenFileError if the token file cannot be used. `clock` says when workers are added and removed. The
+        starter is the caller's to close, once the workers have ended."""
         self._settings = settings
         own_services = [GENERATION_SERVICE, MODEL_SERVICE, *([VLLM_ENGINE_SERVICE] if settings.vllm_engine else ())]
         self._health = HealthServicer(own_services)
@@ -92,7 +93,6 @@ class DashServer:
         events = LinkEvents(
             self._on_ready, self._on_change, self.dispatcher.on_over, self._pending_traces.add, self._on_facts
         )
-        self._starter = starter
         self._links = [
             WorkerLink(
                 starter,
@@ -150,17 +150,11 @@ class DashServer:
 
     async def prepare(self) -> None:
         """Has a worker keep what later starts need, and takes no calls. Raises as `WorkerPool.prepare` does."""
-        try:
-            await self._pool.prepare()
-        finally:
-            await self._starter.close()
+        await self._pool.prepare()
 
     async def run_workers(self) -> None:
         """Keeps the workers running until it is cancelled. Raises as `WorkerPool.run` does."""
-        try:
-            await self._pool.run()
-        finally:
-            await self._starter.close()
+        await self._pool.run()
 
     async def drain(self, grace_seconds: float) -> None:
         """Takes no more calls and waits for the requests inside. After the grace, those left fail with UNAVAILABLE.

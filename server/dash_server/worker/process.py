@@ -32,12 +32,24 @@ class LocalStarter:
     def __init__(self, command: Sequence[str]) -> None:
         """Runs `command` with `--fd N` appended; N is the worker's end of the socket."""
         self._command = command
+        self._begun: FramedProcess[FromWorker] | None = None
+
+    async def begin(self) -> None:
+        """Starts the process that the first `start` returns: it imports torch while its server comes up."""
+        self._begun = await self._spawn()
 
     async def start(self, tell: Callable[[str], None]) -> "FramedProcess[FromWorker]":
-        return await FramedProcess.spawn(self._command, decode_from_worker, LARGE_PAGES)
+        begun, self._begun = self._begun, None
+        return begun or await self._spawn()
 
     async def close(self) -> None:
-        pass
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.kill()
+            await begun.stop()
+
+    async def _spawn(self) -> "FramedProcess[FromWorker]":
+        return await FramedProcess.spawn(self._command, decode_from_worker, LARGE_PAGES)
 
 
 class FramedProcess(Generic[Received]):
