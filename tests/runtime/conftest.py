@@ -16,6 +16,7 @@ from dash_runtime.native.library import NativeLibrary
 from dash_runtime.native.recipe import Level
 from dash_runtime.startup.measure_costs import measure_costs
 from dash_runtime.training.calibrate import CALIBRATION_PRICES
+from tests.marks import long
 from tests.runtime.native_code import at_level
 from tests.runtime.native_code import native_library as load_native_library
 from tests.runtime.native_model import SmallModel, save_small_model
@@ -49,7 +50,7 @@ _levels = levels_here() or [best_level()]
 
 @pytest.fixture(
     scope="module",
-    params=[*_levels[:1], *(pytest.param(own, marks=pytest.mark.long) for own in _levels[1:-1]), *_levels[1:][-1:]],
+    params=[*_levels[:1], *long(_levels[1:-1]), *_levels[1:][-1:]],
     ids=lambda level: level.name,
 )
 def each_level(request: pytest.FixtureRequest) -> Iterator[Level]:

@@ -32,6 +32,7 @@ from dash_runtime.layers.static_rows import StaticRows
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.startup.measured_engine import assemble_engine
+from tests.marks import long
 from tests.runtime.imitated_cuda import imitated_cuda
 from tests.runtime.random_policy import random_policy
 from tests.runtime.support import (
@@ -80,7 +81,7 @@ def decoded(
     return torch.cat(steps)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 17])
+@pytest.mark.parametrize("num_rows", [1, 17, *long([2, 3, 8])])
 def test_graphs_compute_what_layers_do(tiny_folder: Path, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     eager = load_decoder(tiny_folder)
     compensations = some_affine(eager), some_low_rank(eager)
@@ -121,7 +122,7 @@ def generated(engine: Engine, num_rows: int, skip: SkipOptions, num_tokens: int 
     return [tokens(events[str(row)]) for row in range(num_rows)]
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 17])
+@pytest.mark.parametrize("num_rows", [1, 5, *long([2, 17])])
 @pytest.mark.parametrize(
     ("skip", "without"),
     [(FULL_DEPTH, set()), (SkipOptions(Mode.FIXED, fixed_action=Action.INT4), set()), (ADAPTIVE, ROUNDED)],
@@ -221,7 +222,7 @@ def test_prepared_graphs_are_those_that_requests_replay(tiny_folder: Path, monke
     assert cuda.errors == []
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_rows", [3, *long([1])])
 def test_a_served_step_captures_nothing_and_gives_the_same_tokens_with_graphs_and_without(
     tiny_folder: Path, num_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

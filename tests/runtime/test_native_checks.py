@@ -16,6 +16,7 @@ import pytest
 import dash_runtime
 from dash_runtime.native.levels import best_level, levels_here
 from dash_runtime.native.recipe import LEVELS, Level
+from tests.marks import long
 
 SOURCES = Path(dash_runtime.__file__).parent / "native"
 DRIVER = Path(__file__).parent.parent / "native" / "driver.cpp"
@@ -25,7 +26,6 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-psabi")
 CHECKED = ("-std=c++17", "-O0", "-g", "-DDASH_CHECKED", "-ffp-contract=fast", "-fno-math-errno", "-pthread")
 ADDRESSES = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREADS = ("-fsanitize=thread",)
-NAMES = [level.name for level in LEVELS]
 SECONDS = 300
 
 
@@ -60,7 +60,10 @@ def assert_holds(*command: str) -> None:
     assert (done.returncode, done.stdout) == (0, "all held\n"), done.stdout
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=NAMES)
+OTHER_LEVELS = [level for level in LEVELS if level != best_level()]
+
+
+@pytest.mark.parametrize("level", [best_level(), *long(OTHER_LEVELS)], ids=lambda level: level.name)
 def test_the_sources_compile_without_a_warning(level: Level) -> None:
     for more in ((), ("-DDASH_CHECKED",)):
         command = [compiler_of(level), "-std=c++17", "-fopenmp", "-fsyntax-only", *WARNINGS, *level.flags, *more]

@@ -18,7 +18,7 @@ PROMPTS = [
     "12 + 7 = 19. 25 + 8 =",
     "Once upon a time, in a village by the sea,",
 ]
-NUM_TOKENS = 64
+NUM_TOKENS = 32
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

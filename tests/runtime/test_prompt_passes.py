@@ -24,6 +24,7 @@ from dash_runtime.linears.dense_linear import (
     make_full_linear,
 )
 from dash_runtime.linears.quantization import make_linear
+from tests.marks import long
 from tests.runtime.support import full_plan, load_decoder, new_cache
 from tests.tiny_models import FAMILIES, save_tiny_model
 
@@ -34,12 +35,12 @@ MATRICES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (1000, 96)]
 SERVED_MATRICES = [
     *((960, 576), (384, 576), (576, 576), (3072, 576), (576, 1536)),
     *((1152, 896), (256, 896), (896, 896), (9728, 896), (896, 4864)),
-    *((2048, 1536), (512, 1536), (1536, 1536), (17920, 1536), (1536, 8960)),
+    *long([(2048, 1536), (512, 1536), (1536, 1536), (17920, 1536), (1536, 8960)]),
 ]
 """The matrices of the embedded model, of Qwen2.5 0.5B and of Qwen2.5 1.5B."""
 BIASED_MATRICES = [(1152, 896), (256, 896), (2048, 1536), (512, 1536)]
 """Those of them that have a bias."""
-SERVED_HEADS = [(49152, 576), (151936, 896), (151936, 1536)]
+SERVED_HEADS = [(49152, 576), *long([(151936, 896), (151936, 1536)])]
 PRODUCTS = (make_full_linear, partial(BatchInvariantLinear, WidenedLinear))
 _TOGETHER = 64
 

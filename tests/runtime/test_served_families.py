@@ -20,6 +20,7 @@ from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import load_policy
 from dash_runtime.startup.model_facts import model_facts
+from tests.marks import long
 from tests.runtime.random_policy import random_policy
 from tests.runtime.support import (
     ALL_ACTIONS,
@@ -39,7 +40,7 @@ from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
 
-TRAINED = ("granite", "gemma3", "qwen3-moe")
+TRAINED = ["qwen3-moe", *long(["granite", "gemma3"])]
 """Families whose factors, norms or experts training has to know; test_dense_decoder.py has the passes of all."""
 FAMILIES = ("granite", "smollm3", "phi3-longrope", "olmo2", "olmo3-yarn", "ministral3", "gemma3", "qwen3-moe")
 NEARLY_FREE = {1: 0.5, 3: 0.5, 7: 0.5}

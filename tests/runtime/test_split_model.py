@@ -30,6 +30,7 @@ from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.startup.build import BuildOptions, build_engine
 from dash_runtime.startup.measured_engine import assemble_engine
+from tests.marks import long
 from tests.runtime.support import (
     ALL_ACTIONS,
     drain,
@@ -139,7 +140,7 @@ def test_every_mode_gives_the_same_on_two_devices_as_on_one(tiny_folder: Path, t
     assert set(plans) >= {Action.SKIP, Action.FULL}
 
 
-@pytest.mark.parametrize("family", ["llama-untied-biased", "qwen2-sliding-window", "gemma3", "olmo3-yarn"])
+@pytest.mark.parametrize("family", ["gemma3", *long(["llama-untied-biased", "qwen2-sliding-window", "olmo3-yarn"])])
 def test_models_of_other_families_give_the_same(tmp_path: Path, twins: TwinOperations, family: str) -> None:
     folder = save_tiny_model(tmp_path / "model", family)
 
