@@ -8,14 +8,18 @@ from pathlib import Path
 
 from dash_runtime.checkpoints.gguf_config import config_keys, eos_token_ids, gguf_family
 from dash_runtime.checkpoints.gguf_file import GgufFile
-from dash_runtime.checkpoints.gguf_weights import write_weights
+from dash_runtime.checkpoints.gguf_parameters import GgufParameters, write_weights
+from dash_runtime.checkpoints.gguf_weights import write_place
 from dash_runtime.checkpoints.hf_config import CONFIG_FILE, GENERATION_CONFIG_FILE, parse_model_config
 from dash_runtime.checkpoints.weights import WEIGHTS_FILE
 from dash_runtime.progress import Progress
 
 
-def convert_gguf(path: Path, folder: Path, progress: Progress = lambda message: None) -> None:
-    """Writes configuration, tokenizer, chat template and bfloat16 weights of the model in `path` into `folder`.
+def convert_gguf(
+    path: Path, folder: Path, progress: Progress = lambda message: None, *, copies_weights: bool = True
+) -> None:
+    """Writes configuration, tokenizer and chat template of the model in `path` into `folder`, and its weights in
+    bfloat16; or, instead of these, where they are.
 
     `progress` hears of the weights only, which take long: what is not supported is refused before.
 
@@ -34,7 +38,11 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda message: 
     generation: dict[str, object] = {"eos_token_id": ends} | {key: raw[key] for key in ("bos_token_id",) if key in raw}
     _write_json(folder / GENERATION_CONFIG_FILE, generation)
     write_tokenizer(gguf, config.vocab_size, folder)
-    write_weights(gguf, family, config, folder / WEIGHTS_FILE, progress)
+    parameters = GgufParameters(gguf, family, config)
+    if copies_weights:
+        write_weights(parameters, folder / WEIGHTS_FILE, path.name, progress)
+    else:
+        write_place(parameters, folder)
 
 
 def _write_json(file: Path, value: object) -> None:

@@ -79,7 +79,7 @@ class GgufFile:
     """
 
     def __init__(self, path: Path) -> None:
-        paths = gguf_model(path).paths
+        self.paths = paths = gguf_model(path).paths
         self.path = paths[0]
         self._bytes = {own: _mapped(own) for own in paths}
         self.metadata: dict[str, MetadataValue] = {}

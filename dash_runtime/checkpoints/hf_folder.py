@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dash_runtime.checkpoints.hf_config import CONFIG_FILE
 from dash_runtime.checkpoints.tokenizer_file import load_tokenizer
-from dash_runtime.checkpoints.weights import INDEX_FILE, WEIGHTS_FILE, missing_weights
+from dash_runtime.checkpoints.weights import GGUF_PLACE_FILE, INDEX_FILE, WEIGHTS_FILE, missing_weights
 from dash_runtime.errors import CheckpointError, CheckpointNotFound
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -28,7 +28,7 @@ def check_folder(folder: Path) -> None:
 
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointNotFound(f"{folder} is no model: it has no {CONFIG_FILE}.")
-    if not (folder / WEIGHTS_FILE).is_file() and not (folder / INDEX_FILE).is_file():
+    if not any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE, GGUF_PLACE_FILE)):
         raise missing_weights(folder)
     load_tokenizer(tokenizer_file(folder))
     ChatTemplate.load(folder)

@@ -62,7 +62,7 @@ def resolve_checkpoint(
     if path.is_dir():
         return _checked_folder(path)
     if path.suffix == ".gguf":
-        return cached_conversion(_gguf_source(path), cache_folder, convert, progress)
+        return cached_conversion(_gguf_source(path), cache_folder, partial(convert, copies_weights=False), progress)
     if path.exists():
         raise CheckpointError(f"{path} is neither a folder nor a .gguf file.")
     if is_local:
@@ -73,19 +73,19 @@ def resolve_checkpoint(
     return _checked_folder(download_snapshot(model, revision))
 
 
-def described_model(model: str, cache_folder: Path) -> tuple[ModelConfig, bool] | None:
-    """Returns the configuration of a folder or a GGUF file without reading its weights, and whether it is a folder.
+def described_model(model: str, cache_folder: Path) -> ModelConfig | None:
+    """Returns the configuration of a folder or a GGUF file without reading its weights.
 
     None if it cannot be had: `resolve_checkpoint` says why.
     """
     path = embedded_gguf() if model == EMBEDDED else Path(model)
     try:
         if path.is_dir():
-            return cached_model_config(path, cache_folder), True
+            return cached_model_config(path, cache_folder)
         if path.suffix != ".gguf":
             return None
         gguf = GgufFile(path)
-        return parse_model_config(config_keys(gguf, gguf_family(gguf)), path.stem, path), False
+        return parse_model_config(config_keys(gguf, gguf_family(gguf)), path.stem, path)
     except DashRuntimeError:
         return None
 

@@ -1,10 +1,11 @@
-"""Reads the weights of a Hugging Face folder, one tensor at a time. Safetensors only, never pickle.
+"""Reads the weights of a folder, one tensor at a time. Safetensors and GGUF only, never pickle.
 
 Knows names, shapes and files; knows neither what a parameter is for nor the device and dtype it will have.
 """
 
 import math
 import os
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GGUF_PLACE_FILE = "model.gguf.json"
+"""Says where the weights of a folder without safetensors are."""
 _READS_TO_FORGET = 8
 SUPPORTED_DTYPES = ("BF16", "F16", "F32")
 
@@ -33,7 +36,44 @@ class MissingTensor(CorruptCheckpoint, KeyError):
 
 
 class Weights(Mapping[str, "torch.Tensor"]):
-    """Tensors by name, read from disk when asked for."""
+    """Tensors by name, read from disk when asked for.
+
+    To read one raises CorruptCheckpoint if no file has it, or if it holds a value that is not finite.
+    """
+
+    @property
+    @abstractmethod
+    def identity(self) -> tuple[tuple[str, int, int], ...]:
+        """Differs if a file has been replaced or written to: path, size and time of each."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Gives up the memory of what was read. Tensors that share it keep it."""
+
+    @abstractmethod
+    def rows(self, name: str, rows: Sequence[int]) -> "torch.Tensor":
+        """Returns some rows of a matrix. Reads no others.
+
+        Raises:
+            CorruptCheckpoint: no file has it, or they hold a value that is not finite.
+        """
+
+    @abstractmethod
+    def file(self, name: str) -> Path:
+        """Returns the file that holds the tensor called `name`."""
+
+    @abstractmethod
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Compares a tensor's description in the file with what the model needs. Does not read the tensor.
+
+        Raises:
+            CorruptCheckpoint: no file has it, or it has another shape.
+            UnsupportedArchitecture: it is not stored as floating point of 16 or 32 bits.
+        """
+
+
+class SafetensorsWeights(Weights):
+    """The tensors of some safetensors files."""
 
     def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
         self.folder = folder
@@ -49,29 +89,17 @@ class Weights(Mapping[str, "torch.Tensor"]):
         return len(self._files)
 
     def __getitem__(self, name: str) -> "torch.Tensor":
-        """Returns the tensor called `name`.
-
-        Raises:
-            CorruptCheckpoint: no file has it, or it holds a value that is not finite.
-        """
         return self._checked(name, self._handle(name).get_tensor(name))
 
     @property
     def identity(self) -> tuple[tuple[str, int, int], ...]:
-        """Differs if a file has been replaced or written to: path, size and time of each."""
         statuses = [(file.resolve(), file.stat()) for file in sorted(self._handles)]
         return tuple((str(file), status.st_size, status.st_mtime_ns) for file, status in statuses)
 
     def forget(self) -> None:
-        """Gives up the memory of what was read. Tensors that share it keep it."""
         self._handles = {file: open_safetensors(file, "pt") for file in self._handles}
 
     def rows(self, name: str, rows: Sequence[int]) -> "torch.Tensor":
-        """Returns some rows of a matrix. Reads no others.
-
-        Raises:
-            CorruptCheckpoint: no file has it, or they hold a value that is not finite.
-        """
         import torch
 
         described = self._handle(name).get_slice(name)
@@ -82,26 +110,14 @@ class Weights(Mapping[str, "torch.Tensor"]):
         return self._checked(name, chosen)
 
     def file(self, name: str) -> Path:
-        """Returns the file that holds the tensor called `name`."""
         return self._files[name]
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Compares a tensor's description in the file with what the model needs. Does not read the tensor.
-
-        Raises:
-            CorruptCheckpoint: no file has it, or it has another shape.
-            UnsupportedArchitecture: it is not stored as floating point of 16 or 32 bits.
-        """
         try:
             described = self._handle(name).get_slice(name)
         except MissingTensor as error:
             raise MissingTensor(f"{str(error).rstrip('.')}, but config.json asks for it.") from None
-        found = tuple(described.get_shape())
-        if found != shape:
-            raise CorruptCheckpoint(
-                f"{self._files[name]}: tensor {name} has the shape {list(found)}, "
-                f"but config.json asks for {list(shape)}."
-            )
+        require_shape(self._files[name], name, tuple(described.get_shape()), shape)
         dtype = described.get_dtype()
         if dtype not in SUPPORTED_DTYPES:
             raise UnsupportedArchitecture(
@@ -124,7 +140,8 @@ class Weights(Mapping[str, "torch.Tensor"]):
 
 
 def open_weights(folder: Path) -> Weights:
-    """Opens model.safetensors, or the shards that model.safetensors.index.json lists.
+    """Opens model.safetensors, or the shards that model.safetensors.index.json lists, or the GGUF file that the folder
+    was made from.
 
     Raises:
         CheckpointNotFound: the folder or its weights are missing.
@@ -132,11 +149,15 @@ def open_weights(folder: Path) -> Weights:
     """
     single = folder / WEIGHTS_FILE
     if single.exists():
-        return Weights(folder, dict.fromkeys(open_safetensors(single, "pt").keys(), single))
+        return SafetensorsWeights(folder, dict.fromkeys(open_safetensors(single, "pt").keys(), single))
     index = folder / INDEX_FILE
-    if not index.exists():
+    if index.exists():
+        return SafetensorsWeights(folder, _read_index(index))
+    if not (folder / GGUF_PLACE_FILE).exists():
         raise missing_weights(folder)
-    return Weights(folder, _read_index(index))
+    from dash_runtime.checkpoints.gguf_weights import GgufWeights  # imports this file
+
+    return GgufWeights(folder)
 
 
 def check_weights(weights: Weights, config: ModelConfig) -> None:
@@ -153,6 +174,14 @@ def check_weights(weights: Weights, config: ModelConfig) -> None:
     unused = unused_parameter(weights, config)
     if unused is not None:
         raise CorruptCheckpoint(f"{weights.file(unused)}: config.json asks for no tensor {quoted(unused)}.")
+
+
+def require_shape(file: Path, name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Raises CorruptCheckpoint if the tensor that was found in the file has another shape than the model needs."""
+    if found != shape:
+        raise CorruptCheckpoint(
+            f"{file}: tensor {name} has the shape {list(found)}, but config.json asks for {list(shape)}."
+        )
 
 
 def missing_weights(folder: Path) -> CheckpointError:

@@ -7,13 +7,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from dash_runtime.files.checked_once import fault_of
 
 _HEADER_BYTES = 1 << 21
 """The header's room: it is written last, when all tensors are known. Tensors begin with a huge page."""
@@ -68,6 +70,19 @@ class TensorStream:
         start, self._end = self._end, self._end + len(contents)
         self._header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, self._end]}
         self._file.write(contents)
+
+
+def is_as_written(path: Path, tell: Callable[[str], None]) -> bool:
+    """Returns True if the file is there as a `TensorStream` wrote it. Tells if it has changed."""
+    try:
+        changed = fault_of(path, lambda: changed_tensor(path))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        changed = "the header"
+    if changed is not None:
+        tell(f"{path} has changed since it was written ({changed}): making it again")
+    return changed is None
 
 
 def changed_tensor(path: Path) -> str | None:

@@ -12,10 +12,8 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import cached_model_config, check_weights, open_weights, tokenizer_file
-from dash_runtime.config import (
-    EngineConfig,
-    LaneKind,
-)
+from dash_runtime.checkpoints.copied_weights import copied
+from dash_runtime.config import EngineConfig, LaneKind
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import describe_devices, device_of, find_devices
 from dash_runtime.devices.one_thread import one_thread
@@ -152,6 +150,7 @@ def build_engine(
         learned = [with_native_code(own, library, config.lane) for own in learned]
     weight_error = 0.0
     if library is None:
+        weights = copied(weights, cache_folder / "copies", progress)
         decoder = make_decoder(
             *(model, weights, actions),
             dtype=dtype,

@@ -7,30 +7,27 @@ import contextlib
 import ctypes
 import fcntl
 import mmap
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from dash_runtime.checkpoints import Weights
 from dash_runtime.decoder.backends.packed_model import PackedModel, Part, Take, pack_by_layer
 from dash_runtime.devices import device_of
 from dash_runtime.files.atomic_file import replacing
-from dash_runtime.files.checked_once import fault_of
 from dash_runtime.files.disk_cache import digest
-from dash_runtime.files.tensor_stream import TensorStream, changed_tensor
+from dash_runtime.files.tensor_stream import TensorStream, is_as_written
 from dash_runtime.layers.narrow_head import HeadMap
 from dash_runtime.layers.weight_loader import WeightLoader
-from dash_runtime.progress import Progress
+from dash_runtime.progress import Progress, told
 from dash_runtime.startup.process_memory import give_back_memory
 
 _VERSION = 3
 """Raised when what is packed has another layout."""
-_SECONDS_UNTOLD = 2.0
 _POPULATE_READ = 22
 """MADV_POPULATE_READ, since Linux 5.14: reads a map's pages now, and not at the first token."""
 _LEAST_COPIED = 1 << 20
@@ -67,7 +64,7 @@ class PackedFiles:
         """Returns the model with these parts. What is missing or damaged is written, or packed in memory if that cannot
         be."""
         tensors: dict[str, Tensor] = {}
-        missing = [part for part in parts if not self._is_ready(part, progress)]
+        missing = [part for part in parts if not is_as_written(self.path(part), progress)]
         if missing:
             try:
                 self._write(missing, progress)
@@ -97,18 +94,6 @@ class PackedFiles:
         )
         return self.folder / f"{digest((_VERSION, *self.key, *more))}-{part}.safetensors"
 
-    def _is_ready(self, part: Part, progress: Progress) -> bool:
-        path = self.path(part)
-        try:
-            changed = fault_of(path, lambda: changed_tensor(path))
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-            changed = "the header"
-        if changed is not None:
-            progress(f"{path} has changed since it was written ({changed}): packing it again")
-        return changed is None
-
     def _write(self, parts: Sequence[Part], progress: Progress) -> None:
         """Writes parts that are missing, unless another process does."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +101,7 @@ class PackedFiles:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for leftover in self.folder.glob(".*.partial"):  # of a start that was stopped
                 leftover.unlink(missing_ok=True)
-            missing = [part for part in parts if not self._is_ready(part, progress)]
+            missing = [part for part in parts if not is_as_written(self.path(part), progress)]
             if not missing:
                 return
             with contextlib.ExitStack() as stack:
@@ -130,24 +115,12 @@ class PackedFiles:
                     stream.finish({"format": "pt"})
 
     def _pack(self, takers: Mapping[Part, Take], parts: Sequence[Part], progress: Progress) -> None:
-        what = ", ".join(part.upper() for part in parts)
+        what = f"packing weights for {', '.join(part.upper() for part in parts)} (once)"
         for _ in told(pack_by_layer(self.loader, takers, self.head_map), self.loader.config.num_layers, what, progress):
             self.weights.forget()
             give_back_memory()
         self.weights.forget()
         give_back_memory()
-
-
-def told(done: Iterator[int], total: int, what: str, progress: Progress) -> Iterator[int]:
-    """Yields numbers of layers that are packed, and tells how long the rest will take every few seconds."""
-    started = said_at = time.monotonic()
-    progress(f"packing weights for {what} (once)")
-    for count in done:
-        yield count
-        now = time.monotonic()
-        if now - said_at >= _SECONDS_UNTOLD:
-            said_at, left = now, (now - started) * (total - count) / count
-            progress(f"packing weights for {what} (once): {count / total:.0%}, about {left:.0f} s left")
 
 
 def _populate(tensor: Tensor) -> None:

@@ -19,6 +19,7 @@ from dash_runtime.checkpoints import (
     tokenizer_file,
 )
 from dash_runtime.checkpoints.chat_template import ChatTemplate
+from dash_runtime.checkpoints.copied_weights import copied
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import find_device
@@ -87,7 +88,7 @@ class LoadedModel:
         self._progress = progress
         self.folder = resolve_checkpoint(options.model, options.revision, options.cache_folder, progress)
         self.config = cached_model_config(self.folder, options.cache_folder)
-        self._weights = open_weights(self.folder)
+        self._weights = copied(open_weights(self.folder), options.cache_folder / "copies", progress)
         check_weights(self._weights, self.config)
         self.device = find_device(options.device)
         self.supported = supported_actions(self.device, torch.bfloat16, matrix_shapes(self.config))

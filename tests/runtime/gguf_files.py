@@ -12,7 +12,7 @@ from gguf.quants import quantize
 from tokenizers import Tokenizer
 
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.checkpoints.gguf_weights import gguf_sources
+from dash_runtime.checkpoints.gguf_parameters import gguf_sources
 from dash_runtime.families import FAMILIES
 from dash_runtime.model_config import ModelConfig, RopeKind
 

@@ -222,7 +222,7 @@ def test_a_gguf_path_is_converted_once_and_again_when_it_changes(llama: Path, tm
     messages: list[str] = []
     first = resolve_checkpoint(str(gguf), None, tmp_path / "cache", messages.append)
     assert resolve_checkpoint(str(gguf), None, tmp_path / "cache", messages.append) == first
-    assert [message.startswith("converting") for message in messages] == [True]
+    assert messages == []
     assert load_model_config(first).name == "Tiny[1].Q8_0"
 
     write_gguf(gguf, llama, metadata={"llama.context_length": 256})
@@ -230,7 +230,7 @@ def test_a_gguf_path_is_converted_once_and_again_when_it_changes(llama: Path, tm
     assert load_model_config(second).context_length == 256
 
 
-@pytest.mark.parametrize("room", [0, 1_000, 5_000, 20_000])
+@pytest.mark.parametrize("room", [0, 1_000, 5_000])
 def test_a_conversion_without_room_is_told_in_one_sentence_and_leaves_nothing(
     llama: Path, tmp_path: Path, room: int
 ) -> None:
@@ -269,8 +269,11 @@ def test_a_split_model_is_converted_like_a_whole_one_whichever_part_is_named(
         assert folder.name.startswith("llama-")
         assert "-of-" not in folder.name
     (folder,) = folders
-    for file in ("model.safetensors", "tokenizer.json", "config.json"):
+    for file in ("tokenizer.json", "config.json"):
         assert (folder / file).read_bytes() == (whole / file).read_bytes()
+    weights = open_weights(folder)
+    for name, tensor in open_weights(whole).items():
+        assert torch.equal(weights[name], tensor), name
 
 
 def test_a_split_model_with_a_missing_or_a_wrong_part_is_refused_by_its_name(
