@@ -106,7 +106,9 @@ class GgufParameters:
         tensor, heads = self._tensor(name), self._heads(name)
         places = np.arange(tensor.shape[0])
         places = places if heads is None else _unpermute(places, heads)
-        return np.concatenate([self._gguf.dequantize(tensor.rows(int(places[row]), 1)) for row in rows])
+        values = np.concatenate([self._gguf.dequantize(tensor.rows(int(places[row]), 1)) for row in rows])
+        self._gguf.forget(tensor)  # the system may map much more than was read
+        return values
 
     def _tensor(self, name: str) -> GgufTensor:
         source = self._sources[name]
