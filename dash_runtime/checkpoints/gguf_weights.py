@@ -68,7 +68,7 @@ class GgufWeights(Weights):
             except OSError:
                 raise CheckpointNotFound(f"There is no file {own.path}, which has the weights of {folder}.") from None
             if not is_same:
-                raise CorruptCheckpoint(f"{own.path} has changed since {folder} was made from it; delete the folder.")
+                raise CorruptCheckpoint(f"{own.path} is another file than {folder} was made from.")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._place.shapes)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import msgspec
 
-from dash_runtime.checkpoints.weights import open_safetensors
-from dash_runtime.errors import CorruptCheckpoint
+from dash_runtime.checkpoints.gguf_weights import GgufWeights
+from dash_runtime.checkpoints.weights import GGUF_PLACE_FILE, open_safetensors
+from dash_runtime.errors import CheckpointNotFound, CorruptCheckpoint
 from dash_runtime.files.atomic_file import require_regular_file
 from dash_runtime.files.checked_once import fault_of
 from dash_runtime.files.json_file import read_json_object
@@ -89,6 +90,11 @@ def find_damage(folder: Path, manifest: Manifest) -> str | None:
             try:
                 open_safetensors(file, "np")
             except CorruptCheckpoint as error:
+                return str(error).rstrip(".")
+        if name == GGUF_PLACE_FILE:
+            try:
+                GgufWeights(folder)
+            except (CheckpointNotFound, CorruptCheckpoint) as error:
                 return str(error).rstrip(".")
     return None
 

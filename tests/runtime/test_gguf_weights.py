@@ -66,11 +66,25 @@ def test_a_folder_whose_file_is_gone_or_another_is_refused_by_the_files_name(ggu
     own = copy_of(gguf, tmp_path)
     folder = resolve_checkpoint(str(own), None, tmp_path / "cache")
     os.utime(own, ns=(1, 1))
-    with pytest.raises(CorruptCheckpoint, match=r"tiny\.gguf has changed since"):
+    with pytest.raises(CorruptCheckpoint, match=r"tiny\.gguf is another file than"):
         open_weights(folder)
     own.unlink()
     with pytest.raises(CheckpointNotFound, match=r"no file .*tiny\.gguf, which has the weights of"):
         open_weights(folder)
+
+
+def test_a_file_is_found_again_by_another_link_than_its_folder_was_made_through(gguf: Path, tmp_path: Path) -> None:
+    folders = []
+    for parent in ("a", "b"):
+        link = tmp_path / parent / "own.gguf"
+        link.parent.mkdir()
+        link.symlink_to(gguf)
+        folders.append(resolve_checkpoint(str(link), None, tmp_path / "cache"))
+        assert open_weights(folders[-1])["model.norm.weight"].isfinite().all()
+        link.unlink()
+    assert folders[0] == folders[1]
+    with pytest.raises(CorruptCheckpoint, match=r"no file .*own\.gguf, which .*; delete the folder"):
+        resolve_checkpoint(str(folders[0]), None, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"files": [], "shapes": {"a": ["b"]}}', "no JSON"])
