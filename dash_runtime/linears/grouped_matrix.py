@@ -23,6 +23,7 @@ SCALE_BITS, OFFSET_BITS = 7, 9
 """Bits of a group's grid. What a wrong offset does adds up over a group."""
 MOST_SCALE, MOST_OFFSET = 2**SCALE_BITS - 1, 2 ** (OFFSET_BITS - 1) - 1
 OFFSETS_IN_STEP = 32
+FINER_STEPS, FURTHER_MIDDLE = 8, 8
 _ROWS_TOGETHER = 512
 _NUM_CHECKED = 64
 _NEARLY_EXACT = 0.02
@@ -85,6 +86,32 @@ class GroupedMatrix:
         columns = torch.arange(self.values.shape[1], device=self.values.device) if inputs is None else inputs
         scales, zeros = (own[:, columns // GROUP_SIZE] for own in self.grids())
         return (self.values[:, columns].float() - self.zero_point).mul_(scales).add_(zeros)
+
+
+@dataclass(frozen=True, slots=True)
+class RefinedMatrix:
+    """An INT8 matrix whose upper bits are those of one in INT4: each step of that in eight, seven bits a weight."""
+
+    coarse: GroupedMatrix
+    further: Tensor
+    """uint8 `[out, in]`, below 16: eighths of a step, from 8 less than the value in INT4 on."""
+
+    def dequantized(self) -> Tensor:
+        """Returns the float32 matrix `[out, in]`."""
+        steps = (self.further.float() - FURTHER_MIDDLE) / FINER_STEPS
+        return self.coarse.dequantized() + _by_group(steps, self.coarse.grids()[0])
+
+
+def refine(weight: Tensor, coarse: GroupedMatrix) -> RefinedMatrix:
+    """Rounds what an INT4 matrix has left of `[out, in]`. That is up to half a step where weights were rounded to the
+    nearest, and up to a whole one is kept where their inputs were in view."""
+    left = (weight.float() - coarse.dequantized()).unflatten(1, (-1, GROUP_SIZE))
+    steps = left.div_(coarse.grids()[0].unsqueeze(-1)).mul_(FINER_STEPS).add_(FURTHER_MIDDLE)
+    return RefinedMatrix(coarse, steps.round_().clamp_(0, 2 * FURTHER_MIDDLE - 1).to(torch.uint8).flatten(1))
+
+
+def _by_group(values: Tensor, scales: Tensor) -> Tensor:
+    return (values.unflatten(1, (-1, GROUP_SIZE)) * scales.unsqueeze(-1)).flatten(1)
 
 
 Rounding = Mapping[Action, Mapping[Place, GroupedMatrix]]

@@ -21,6 +21,7 @@ from dash_runtime.linears.grouped_matrix import (
     SCALE_BITS,
     GroupedMatrix,
     quantize_grouped,
+    refine,
     zero_point,
 )
 from dash_runtime.linears.kept_trials import NO_TRIALS, KeptTrials
@@ -29,6 +30,8 @@ INT8_INPUT_MULTIPLE = 16
 """The CPU's INT8 kernel reads past the end of a row whose length is not a multiple of this."""
 BITS = {Action.INT3: 3, Action.INT4: 4}
 """Bits of a weight, by actions whose matrices are in groups."""
+BYTES_BESIDE_INT4 = 0.5
+"""What a weight of a layer in INT8 takes in native code, where it shares the one in INT4."""
 _KERNEL_BITS = 4
 _MANY_ROWS = 32
 """From so many rows on, the CPU unpacks a whole matrix in less time than its kernels take, which do so for every few
@@ -123,6 +126,7 @@ def _biased(outputs: Tensor, bias: Tensor | None) -> Tensor:
 
 def bytes_per_weight(action: Action, dtype: torch.dtype, *, is_native: bool) -> float:
     """Returns the bytes that a weight takes in an action's matrices of `dtype`, its share of a group's grid included.
+    INT8's are those of a head; see `BYTES_BESIDE_INT4`.
 
     Args:
         is_native: whether the matrices are packed for native code; else for torch's kernels, whose grids are wider.
@@ -205,6 +209,18 @@ def rounded_linear(action: Action, full: FullLinear) -> FullLinear:
     """Returns the matrix that a rounded action computes with, in the weight's dtype."""
     parts = [_rounded_weight(precision, part) for precision, part in quantized_parts(action, full)]
     return FullLinear(parts[0] if len(parts) == 1 else torch.cat(parts), full.bias)
+
+
+def refined_linear(full: FullLinear) -> FullLinear:
+    """Returns the matrix that native layers in INT8 compute with, in float32: refined from INT4, but for what is finer
+    there."""
+    parts = [
+        refine(part.weight, grouped(precision, part)).dequantized()
+        if precision is Action.INT4
+        else _rounded_weight(precision, part).float()
+        for precision, part in quantized_parts(Action.INT4, full)
+    ]
+    return FullLinear(torch.cat(parts), full.bias)
 
 
 def _rounded_weight(action: Action, full: FullLinear) -> Tensor:

@@ -3,7 +3,7 @@
 // In FULL a row's sums have one order here too, but another one than that of vectors: a process uses the one or the
 // other. Sums of bytes are exact, so rounded weights have the same bits with both.
 #pragma once
-#include "inputs.h"
+#include "unpacked.h"
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__)
 #define DASH_AMX
@@ -28,7 +28,6 @@ constexpr int kRowBytes = 64;    // of a tile
 constexpr int kPairs = 16;       // of inputs in FULL, whose weights a tile holds
 constexpr int kTilesAtOnce = 4;  // of outputs in FULL
 constexpr int kTurnsAhead = 3;   // weights are fetched so many turns of the loop ahead
-constexpr int kMostGroups = 24;  // whose weights are unpacked at a time: they stay in the nearest cache
 
 // Asks the system to keep tiles for this process. Without that their first use would end it.
 inline bool is_permitted() {
@@ -213,25 +212,11 @@ inline void full_product(const Matrix &matrix, const Rows &rows, int64_t first_r
   _tile_release();
 }
 
-// A group's weights for a tile of outputs, as bytes without a sign.
-struct alignas(kRowBytes) Group {
-  int32_t words[kFours][kLanes];
-};
-
-template <Layout kLayout>
-inline void unpack(const int32_t *words, int64_t num_groups, Group *groups) {
-  for (int64_t group = 0; group < num_groups; ++group) {
-    const int32_t *own = words + weights_line(kLayout, group) * kLanes;
-#pragma GCC unroll 8
-    for (int index = 0; index < kFours; ++index) store(groups[group].words[index], bytes_of<kLayout>(own, index));
-  }
-}
-
 // Adds some groups of a tile of outputs to the rows' sums, which begin at 0 or are in `outputs`, and multiplies them by
 // `scales` in the end, if there are any. Fetches as many lines as a group has from `ahead` on. Tiles may have more
 // rows than these: what follows in memory, at most the rows' facts, whose sums nobody reads.
 template <Layout kLayout, int kRows>
-inline void add_groups(const int32_t *words, const Group *groups, int64_t num_groups, const Inputs &inputs,
+inline void add_groups(const int32_t *words, const UnpackedGroup *groups, int64_t num_groups, const Inputs &inputs,
                        const char *ahead, bool from_zero, const float *scales, float *outputs, int64_t stride) {
   const float *values = inputs.values;
   const Facts *facts = inputs.facts;
@@ -247,7 +232,7 @@ inline void add_groups(const int32_t *words, const Group *groups, int64_t num_gr
     _tile_loadd(5, groups[group].words, kRowBytes);
     _tile_dpbsud(0, 4, 5);
     _tile_stored(0, sums, kRowBytes);
-    const Ints grid = grids_of<kLayout>(words, group);
+    const KeptGrid grid = grid_of<kLayout>(words, group);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row)
       add_sum<kLayout>(__builtin_convertvector(load<Ints>(sums[row]), Floats), facts[row], grid, total[row]);
@@ -270,26 +255,21 @@ inline decltype(&add_groups<kLayout, kRows>) adder_of(int64_t num_rows) {
 template <Layout kLayout>
 inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t first_row, int64_t num_rows, int64_t tile,
                          bool fetches, float *outputs, int64_t stride) {
-  Group groups[kMostGroups];
-  const int64_t num_groups = matrix.num_inputs / kGroup, num_pairs = (num_groups + 1) / 2;
-  const auto *words = static_cast<const int32_t *>(matrix.words) + tile * lines_before(kLayout, num_groups) * kLanes;
-  const int64_t num_parts = (num_groups + kMostGroups - 1) / kMostGroups;
-  for (int64_t part = 0; part < num_parts; ++part) {
-    // Two groups share a line of grids.
-    const int64_t first = 2 * (num_pairs * part / num_parts), next = 2 * (num_pairs * (part + 1) / num_parts);
-    const int64_t count = (next < num_groups ? next : num_groups) - first;
-    const int32_t *own = words + lines_before(kLayout, first) * kLanes;
-    unpack<kLayout>(own, count, groups);
+  UnpackedGroup unpacked[kMostUnpacked];
+  const TileWords words = TileWords::of<kLayout>(matrix, tile);
+  Groups::for_each(matrix, [&](const Groups &groups) {
+    const int32_t *own = words.words + lines_before(kLayout, groups.first) * kLanes;
+    unpack<kLayout>(words, groups, unpacked);
     asm volatile("" ::: "memory");  // GCC does not know what tiles read
-    const bool is_last = part == num_parts - 1;
+    const bool is_last = groups.last == Groups::all(matrix).last;
     const float *scales = is_last ? matrix.scales + tile * kLanes : nullptr;
     for (int64_t row = 0; row < num_rows; row += kMostRows) {
-      const auto *following = reinterpret_cast<const char *>(own + lines_before(kLayout, count) * kLanes);
-      adder_of<kLayout>(num_rows - row)(own, groups, count, rows.from(first_row + row).from_group(first),
-                                        row || (is_last && !fetches) ? nullptr : following, part == 0, scales,
+      const auto *following = reinterpret_cast<const char *>(own + lines_before(kLayout, groups.count()) * kLanes);
+      adder_of<kLayout>(num_rows - row)(own, unpacked, groups.count(), rows.from(first_row + row).from_group(groups.first),
+                                        row || (is_last && !fetches) ? nullptr : following, !groups.first, scales,
                                         outputs + row * stride, stride);
     }
-  }
+  });
 }
 
 // The same for rounded weights and the first rows. What follows up to `end` is fetched ahead.

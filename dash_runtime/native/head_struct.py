@@ -14,6 +14,7 @@ from dash_runtime.native.matrix import (
     Int4Outputs,
     Int8NativeMatrix,
     NativeMatrix,
+    RefinedNativeMatrix,
 )
 from dash_runtime.native.structs import MOST_EXACT_TILES, HeadStruct, MatrixStruct, TokenRowsStruct
 
@@ -22,6 +23,7 @@ _LAYOUTS: dict[type[NativeMatrix], int] = {
     Int8NativeMatrix: 1,
     Int4NativeMatrix: 2,
     Int3NativeMatrix: 3,
+    RefinedNativeMatrix: 4,
 }
 
 
@@ -108,12 +110,14 @@ def _tell_exact(struct: HeadStruct, repeated: Tensor, num_exact: int, num_tiles:
 
 def packed_struct(matrix: NativeMatrix, num_inputs: int) -> tuple[MatrixStruct, list[Tensor]]:
     """Returns a matrix for the native code, and the tensors whose memory it is."""
-    words, *scales = matrix.tensors()
-    kept = [words, *(own.float().contiguous() for own in scales)]
-    addresses = [own.data_ptr() for own in kept] + [None]
+    words, *others = matrix.tensors()
+    further = [others.pop(0)] if isinstance(matrix, RefinedNativeMatrix) else []
+    scales = [own.float().contiguous() for own in others]
+    kept = [words, *further, *scales]
+    addresses = [own[0].data_ptr() if own else None for own in ([words], further, scales)]
     block_tiles = words.shape[-1] // LANES
     sizes = num_inputs, block_tiles, len(words) * block_tiles
-    return MatrixStruct(addresses[0], addresses[1], _LAYOUTS[type(matrix)], *sizes), kept
+    return MatrixStruct(*addresses, _LAYOUTS[type(matrix)], *sizes), kept
 
 
 def numbers_struct(numbers: Sequence[int]) -> "Array[c_int64]":

@@ -8,15 +8,18 @@ constexpr int kGroup = 32;                            // inputs that share a sca
 constexpr int kGroupFloats = kGroup / sizeof(float);  // as bytes
 constexpr int kFours = kGroup / 4;                    // words of a group with a byte for each weight
 
-// In INT4 a weight is (value − 8 + offset / kOffsetsInStep) * scale, with what is added to the offset for want of a
-// sign; in INT3 4 in place of 8.
-constexpr float kOffsetsInStep = 32, kLeastOffset = 256;
+// In INT4 a weight is (value − 8 + offset / offsets_in_step) * scale, with what is added to the offset for want of a
+// sign; in INT3 4 in place of 8. Refined, a step of INT4 is `kFinerSteps`, and 8 further values lie around each.
+constexpr float kLeastOffset = 256;
 constexpr int kScaleBits = 7, kOffsetBits = 9;  // of a group's grid
+constexpr int kFinerSteps = 8;
 
-enum Layout : int64_t { kFull, kInt8, kInt4, kInt3 };
+// Refined is INT8 whose upper bits are an INT4 matrix.
+enum Layout : int64_t { kFull, kInt8, kInt4, kInt3, kRefined };
 
 struct Matrix {
   const void *words;
+  const void *further;  // refined: the lower bits, four of each weight, in the order of the words without grids
   const float *scales;  // rounded: by output
   int64_t layout, num_inputs;
   int64_t block_tiles;  // FULL: tiles whose words for a pair of inputs lie side by side
@@ -25,8 +28,14 @@ struct Matrix {
   bool is_full() const { return layout == kFull; }
 };
 
-constexpr int bits_of(Layout layout) { return layout == kInt8 ? 8 : layout == kInt4 ? 4 : 3; }
-constexpr bool has_grids(Layout layout) { return layout == kInt4 || layout == kInt3; }
+// Bits of a weight in `words`, and so the lines of a group of a tile.
+constexpr int bits_of(Layout layout) { return layout == kInt8 ? 8 : layout == kInt3 ? 3 : 4; }
+constexpr bool has_grids(Layout layout) { return layout != kFull && layout != kInt8; }
+// The value in the middle of a weight's range, and the steps of a grid's offset in a step of values.
+constexpr int middle_of(Layout layout) {
+  return layout == kRefined ? (1 << 3) * kFinerSteps + 8 : 1 << (bits_of(layout) - 1);
+}
+constexpr float offsets_in_step(Layout layout) { return layout == kRefined ? 32.0f / kFinerSteps : 32.0f; }
 
 // The lines of a tile's weights before a group. Where there are grids, two groups have a line of them before.
 constexpr int64_t lines_before(Layout layout, int64_t group) {
@@ -37,22 +46,47 @@ constexpr int64_t lines_before(Layout layout, int64_t group) {
 constexpr int64_t weights_line(Layout layout, int64_t group) {
   return group * bits_of(layout) + (has_grids(layout) ? group / 2 + 1 : 0);
 }
+// The lines of its lower bits before a group.
+constexpr int64_t further_lines(Layout layout, int64_t group) { return layout == kRefined ? group * 4 : 0; }
 constexpr int64_t grids_line(Layout layout, int64_t group) { return group / 2 * (2 * bits_of(layout) + 1); }
 
-// A group's grids for a tile, in the lower halves of words.
+// A group's scales and offsets for a tile, as numbers.
+struct Grid {
+  Floats scales, offsets;
+
+  Grid() = default;
+  explicit Grid(Ints words)
+      : scales(__builtin_convertvector(words & ((1 << kScaleBits) - 1), Floats)),
+        offsets(__builtin_convertvector(words >> kScaleBits & ((1 << kOffsetBits) - 1), Floats)) {}
+};
+
+#ifdef __AVX512F__
+using KeptGrid = Grid;
+#else
+// Registers are too few to keep the numbers for several rows.
+using KeptGrid = Ints;
+#endif
+
 template <Layout kLayout>
-inline Ints grids_of(const int32_t *words, int64_t group) {
-  if constexpr (!has_grids(kLayout)) return Ints{};
-  return load<Ints>(words + grids_line(kLayout, group) * kLanes) >> 16 * (group % 2);
+inline KeptGrid grid_of(const int32_t *words, int64_t group) {
+  if constexpr (!has_grids(kLayout)) return KeptGrid(Ints{});
+  return KeptGrid(load<Ints>(words + grids_line(kLayout, group) * kLanes) >> 16 * (group % 2));
 }
 
 // Returns four weights of a group for each of a tile's outputs, as bytes without a sign; `words` are the group's first
-// line.
+// line, and `further` that of its lower bits.
 template <Layout kLayout>
-inline Ints bytes_of(const int32_t *words, int index) {
+inline Ints bytes_of(const int32_t *words, [[maybe_unused]] const int32_t *further, int index) {
   if constexpr (kLayout == kInt3) {
     const Ints low = load<Ints>(words + index / 4 * kLanes) >> 2 * (index % 4), high = load<Ints>(words + 2 * kLanes);
     return (low & 0x03030303) | ((index < 2 ? high << (2 - index) : high >> (index - 2)) & 0x04040404);
+  } else if constexpr (kLayout == kRefined) {
+    static_assert(kFinerSteps == 8);
+    const Ints upper = load<Ints>(words + index / 2 * kLanes) ^ INT32_MIN;
+    const Ints lower = load<Ints>(further + index / 2 * kLanes);
+    const Ints eights = (index % 2 ? upper >> 1 : upper << 3) & 0x78787878;
+    const Ints ones = (index % 2 ? lower >> 4 : lower) & 0x0F0F0F0F;
+    return (Ints)((Bits)eights + (Bits)ones);  // the highest byte may be above 127
   } else {
     constexpr int kParts = 8 / bits_of(kLayout);
     // The last weight of a word has a sign.
@@ -66,6 +100,8 @@ template <typename Function>
 inline void with_layout(int64_t layout, const Function &function) {
   if (layout == kInt8)
     function(std::integral_constant<Layout, kInt8>());
+  else if (layout == kRefined)
+    function(std::integral_constant<Layout, kRefined>());
   else if (layout == kInt4)
     function(std::integral_constant<Layout, kInt4>());
   else
@@ -81,9 +117,9 @@ struct Facts {
   float unused;
 };
 
-// Adds what a group's products with a tile sum up to; `grid` is its scales and offsets, if it has any.
+// Adds what a group's products with a tile sum up to.
 template <Layout kLayout>
-inline void add_sum(Floats sum, const Facts &facts, Ints grid, Floats &total) {
+inline void add_sum(Floats sum, const Facts &facts, const KeptGrid &kept, Floats &total) {
 #ifdef __AVX512VNNI__
   sum *= facts.scale;
 #endif
@@ -91,8 +127,9 @@ inline void add_sum(Floats sum, const Facts &facts, Ints grid, Floats &total) {
   if (!has_grids(kLayout)) {
     total += sum;
   } else {
-    sum += __builtin_convertvector(grid >> kScaleBits & ((1 << kOffsetBits) - 1), Floats) * facts.step;
-    total += __builtin_convertvector(grid & ((1 << kScaleBits) - 1), Floats) * sum;
+    const Grid grid(kept);
+    sum += grid.offsets * facts.step;
+    total += grid.scales * sum;
   }
 }
 
@@ -154,7 +191,7 @@ inline int64_t inputs_size(int64_t num_rows, int64_t num_inputs) {
 inline int write_bytes(Layout layout, Floats low, Floats high, float factor, void *bytes) {
   // Eight INT4 weights of a word are multiplied in two parts: the low halves of its bytes, and the high ones.
   const __m256i order =
-      layout == kInt4
+      layout == kInt4 || layout == kRefined
           ? _mm256_set_epi64x(0x0F0D0B090E0C0A08, 0x0705030106040200, 0x0F0D0B090E0C0A08, 0x0705030106040200)
           : _mm256_set_epi64x(0x0F0E0D0C0B0A0908, 0x0706050403020100, 0x0F0E0D0C0B0A0908, 0x0706050403020100);
   const __m512i one = _mm512_cvtps_epi32((__m512)(low * factor)), next = _mm512_cvtps_epi32((__m512)(high * factor));
@@ -175,8 +212,8 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
   Facts *facts = reinterpret_cast<Facts *>(memory + num_rows * num_groups * kGroupFloats);
   const Rows prepared{memory, 0, facts, num_rows, num_groups};
   // Weights and offsets are stored without a sign, and are too high by this.
-  const float middle = static_cast<float>(1 << (bits_of(layout) - 1));
-  const float half = has_grids(layout) ? middle + kLeastOffset / kOffsetsInStep : middle;
+  const float middle = static_cast<float>(middle_of(layout)), in_step = offsets_in_step(layout);
+  const float half = has_grids(layout) ? middle + kLeastOffset / in_step : middle;
   for (int64_t row = first_row; row < last_row; ++row)
     for (int64_t group = 0; group < num_groups; ++group) {
       const float *from = rows + row * num_inputs + group * kGroup;
@@ -186,15 +223,29 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
       const float scale = most / 127;
       const float sum =
           scale * write_bytes(layout, low, high, most > 0 ? 127 / most : 0, memory + place * kGroupFloats);
-      facts[place] = {scale, half * sum, sum / kOffsetsInStep, 0};
+      facts[place] = {scale, half * sum, sum / in_step, 0};
     }
   return prepared;
 }
 
 #else
 
-// Bits from one weight of a word to the next, as masks find them: INT3 is unpacked to bytes before.
-constexpr int bits_of_place(Layout layout) { return layout == kInt3 ? 8 : bits_of(layout); }
+// INT3 and refined weights are unpacked to bytes before they are multiplied.
+constexpr bool is_unpacked(Layout layout) { return layout == kInt3 || layout == kRefined; }
+
+// Bits from one weight of a word to the next, as masks find them.
+constexpr int bits_of_place(Layout layout) { return is_unpacked(layout) ? 8 : bits_of(layout); }
+
+// The place in a word, unpacked or not, of a weight of a group.
+constexpr int place_of(Layout layout, int weight) {
+  return layout == kRefined ? weight / 2 % 4 : weight % (32 / bits_of_place(layout));
+}
+
+// The weight of a group at a place of one of its words.
+template <Layout kLayout>
+constexpr int weight_at(int word, int place) {
+  return kLayout == kRefined ? word / 2 * 8 + place * 2 + word % 2 : word * (32 / bits_of_place(kLayout)) + place;
+}
 
 inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
                             int64_t first_row, int64_t last_row) {
@@ -202,12 +253,13 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
   Facts *facts = reinterpret_cast<Facts *>(memory + num_rows * num_inputs);
   const Rows prepared{memory, num_inputs, facts, num_rows, num_groups};
   const bool has_sign = layout != kInt3;
-  const int bits = bits_of(layout), place_bits = bits_of_place(layout), num_places = 32 / place_bits;
-  float scales[kLanes], halves[kLanes];  // half a range for each value but a word's last where that has a sign
+  const int place_bits = bits_of_place(layout), num_places = 32 / place_bits;
+  float scales[kLanes], halves[kLanes];  // the middle of the range, less what a sign has taken from a word's last one
   for (int lane = 0; lane < kLanes; ++lane) {
-    const int place = lane % num_places;
+    const int place = place_of(layout, lane);
     scales[lane] = std::ldexp(1.0f, -place_bits * place);
-    halves[lane] = has_sign && place == num_places - 1 ? 0.0f : std::ldexp(1.0f, bits - 1);
+    halves[lane] =
+        static_cast<float>(middle_of(layout) - (has_sign && place == num_places - 1 ? 1 << (place_bits - 1) : 0));
   }
   const Floats scale = load<Floats>(scales), half = load<Floats>(halves);
   for (int64_t row = first_row; row < last_row; ++row)
@@ -216,7 +268,7 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
       const Floats low = load<Floats>(rows + from), high = load<Floats>(rows + from + kLanes);
       store(memory + from, low * scale);
       store(memory + from + kLanes, high * scale);
-      const float step = sum(low + high) / kOffsetsInStep, offset = sum((low + high) * half);
+      const float step = sum(low + high) / offsets_in_step(layout), offset = sum((low + high) * half);
       facts[prepared.place(row, group)] = {1, has_grids(layout) ? offset + kLeastOffset * step : offset, step, 0};
     }
   return prepared;

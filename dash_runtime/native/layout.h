@@ -29,7 +29,7 @@ struct LayoutText {
 
 inline std::string layout_text() {
   LayoutText layout;
-  STRUCT(Matrix, Matrix, F(words) F(scales) F(layout) F(num_inputs) F(block_tiles) F(num_tiles))
+  STRUCT(Matrix, Matrix, F(words) F(further) F(scales) F(layout) F(num_inputs) F(block_tiles) F(num_tiles))
   STRUCT(Heads, HeadShape, F(num_heads) F(num_kv_heads) F(head_dim) F(attention_scale))
   STRUCT(Model, ModelShape, F(heads) F(hidden_size) F(intermediate_size) F(activation) F(num_layers) F(eps)
          F(residual_multiplier) F(num_experts) F(num_chosen) F(expert_size))

@@ -1,7 +1,8 @@
 """The layouts in which native code reads a matrix, in each precision: from end to end, at the speed of memory.
 
 A matrix lies in tiles of 16 outputs, as vectors with one word for each, which has four INT8 weights, eight INT4 ones,
-or parts of INT3 ones. `products.h` has the products.
+or parts of INT3 ones. Layers in INT8 are their matrices in INT4 and four further bits of each weight. `products.h` has
+the products.
 """
 
 import os
@@ -18,12 +19,14 @@ from torch.nn import functional
 from dash_runtime.actions import Action
 from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.linears.grouped_matrix import (
+    FINER_STEPS,
     GROUP_SIZE,
     LANES,
     OFFSET_BITS,
     SCALE_BITS,
     GroupedMatrix,
     quantize_int4_with_rest,
+    refine,
 )
 from dash_runtime.linears.quantization import grouped, quantize_int8, through_int8
 
@@ -139,15 +142,16 @@ class Int4NativeMatrix(GroupedNativeMatrix):
 
     @classmethod
     def pack(cls, full: FullLinear) -> "Int4NativeMatrix":
-        return cls._of(grouped(Action.INT4, full))
+        return cls.of(grouped(Action.INT4, full))
 
     @classmethod
     def pack_with_rest(cls, full: FullLinear, repeated: Tensor) -> "Int4NativeMatrix":
         """Packs a matrix that has some inputs again at its end (`quantize_int4_with_rest`)."""
-        return cls._of(quantize_int4_with_rest(full.weight, repeated))
+        return cls.of(quantize_int4_with_rest(full.weight, repeated))
 
     @classmethod
-    def _of(cls, matrix: GroupedMatrix) -> "Int4NativeMatrix":
+    def of(cls, matrix: GroupedMatrix) -> "Int4NativeMatrix":
+        """Packs a matrix that was rounded."""
         return cls(_in_lines(_pack_words(matrix.values, _INT4_BITS), matrix), matrix.units)
 
 
@@ -167,6 +171,50 @@ class Int3NativeMatrix(GroupedNativeMatrix):
         return cls(_in_lines(torch.cat((low, high), dim=2), matrix), matrix.units)
 
 
+@dataclass(frozen=True, slots=True)
+class FurtherBits(NativeMatrix):
+    """What a matrix in INT8 has beside the one in INT4: four bits of each weight, int32 `[tiles, groups, 4, 16]` in the
+    order of that one's words; and units of its steps, `[out_features]`."""
+
+    further: Tensor
+    units: Tensor
+
+    @classmethod
+    def of(cls, full: FullLinear, coarse: GroupedMatrix) -> "FurtherBits":
+        """Packs what the matrix in INT4 leaves of `full`."""
+        further = refine(full.weight, coarse).further
+        return cls(_pack_words(further, _INT4_BITS, has_sign=False), coarse.units / FINER_STEPS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Int4AndFurther(NativeMatrix):
+    """The tensors of both."""
+
+    words: Tensor
+    units: Tensor
+    further: Tensor
+    finer_units: Tensor
+
+    @classmethod
+    def pack(cls, full: FullLinear) -> "_Int4AndFurther":
+        coarse = grouped(Action.INT4, full)
+        return cls(*Int4NativeMatrix.of(coarse).tensors(), *FurtherBits.of(full, coarse).tensors())
+
+
+@dataclass(frozen=True, slots=True)
+class RefinedNativeMatrix(NativeMatrix):
+    """A matrix in INT8 that shares the words of the one in INT4."""
+
+    words: Tensor
+    further: Tensor
+    units: Tensor
+
+    @classmethod
+    def of(cls, coarse: NativeMatrix, bits: NativeMatrix) -> "RefinedNativeMatrix":
+        """Puts them together."""
+        return cls(coarse.tensors()[0], *bits.tensors())
+
+
 _Packed = TypeVar("_Packed", bound=NativeMatrix)
 _PACKERS: dict[Action, Callable[[FullLinear], NativeMatrix]] = {
     Action.INT8: Int8NativeMatrix.pack,
@@ -182,6 +230,7 @@ _KINDS: dict[str, type[NativeMatrix]] = {
     "INT3": Int3NativeMatrix,
     "OUTPUTS": Int4Outputs,
     "ERRORS": Int8Errors,
+    "FURTHER": FurtherBits,
 }
 
 
@@ -205,6 +254,12 @@ def pack_native_matrix(action: Action, full: FullLinear) -> NativeMatrix:
     if action is Action.FULL:
         return FullNativeMatrix.pack(full)
     return _packed_in_parts(_PACKERS[action], full)
+
+
+def pack_int4_and_further(full: FullLinear) -> tuple[Int4NativeMatrix, FurtherBits]:
+    """Lays out the weights of `full` in INT4, and what INT8 has beside them."""
+    words, units, further, finer_units = _packed_in_parts(_Int4AndFurther.pack, full).tensors()
+    return Int4NativeMatrix(words, units), FurtherBits(further, finer_units)
 
 
 def pack_rough_matrix(full: FullLinear, repeated: Tensor) -> NativeMatrix:

@@ -28,7 +28,7 @@ def _numbers(*names: str) -> list[tuple[str, type[c_int64]]]:
 
 
 class MatrixStruct(Structure):
-    _fields_ = [*_pointers("words", "scales"), *_numbers("layout", "num_inputs", "block_tiles", "num_tiles")]
+    _fields_ = [*_pointers("words", "further", "scales"), *_numbers("layout", "num_inputs", "block_tiles", "num_tiles")]
 
 
 class HeadsStruct(Structure):

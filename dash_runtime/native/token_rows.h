@@ -114,7 +114,7 @@ struct TokenRows {
       const Ints grid = from_halves(grids + first * sizeof(uint16_t));
       const Floats scale = __builtin_convertvector(grid & ((1 << kScaleBits) - 1), Floats);
       const Floats offset = __builtin_convertvector(grid >> kScaleBits, Floats) - kLeastOffset;
-      offsets += scale * (offset / kOffsetsInStep - kMiddle) * load<Floats>(inputs.sums + first);
+      offsets += scale * (offset / offsets_in_step(kInt4) - kMiddle) * load<Floats>(inputs.sums + first);
       total += inputs.products(row, first, scale);
     }
     return sum(total + offsets);

@@ -13,7 +13,7 @@ from dash_runtime.config import EngineConfig
 from dash_runtime.devices import Device, device_of
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.kv_cache import BLOCK_TOKENS, pool_tokens, rounded_block_bytes
-from dash_runtime.linears.quantization import BITS, bytes_per_weight
+from dash_runtime.linears.quantization import BITS, BYTES_BESIDE_INT4, bytes_per_weight
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.learned import LearnedPolicy, shared_head_map
 from dash_runtime.policy.network import PolicyNetwork
@@ -47,6 +47,12 @@ def model_bytes(
     has_all = device.runs_native_code if is_native is None else is_native
     form = partial(bytes_per_weight, dtype=dtype, is_native=has_all)
     per_weight = {action: form(action) for action in actions if action is not Action.SKIP}
+    # INT4 and INT3 may leave keys and values in INT8.
+    in_layers, of_keys = dict(per_weight), dict(per_weight) | dict.fromkeys(BITS, form(Action.INT8))
+    if has_all and Action.INT8 in per_weight:  # which has INT4's matrices, keys and values among them
+        has_int4 = Action.INT4 in per_weight
+        in_layers[Action.INT8] = BYTES_BESIDE_INT4 + (0 if has_int4 else form(Action.INT4))
+        of_keys[Action.INT8] = 0 if has_int4 else form(Action.INT8)
     quantised = [action for action in per_weight if action is not Action.FULL]
     key_value_weights = 2 * model.num_kv_heads * model.head_dim * model.hidden_size
     pool = pool_tokens(config.cache_tokens, config.num_slots)
@@ -60,12 +66,10 @@ def model_bytes(
 
     def layer_bytes(layer: int) -> Bytes:
         needs = Bytes({CACHE: cache, COMPENSATION: compensation})
-        for action, size in per_weight.items():
+        for action, size in in_layers.items():
             # Skipped rows have keys and values by a matrix of their own, except in native code and where it is a view.
             has_copy = action in quantised and not has_all
-            # These may leave keys and values in INT8.
-            more = form(Action.INT8) - size if action in BITS else 0
-            finer = more * key_value_weights * (1 + has_copy)
+            finer = (of_keys[action] - size) * key_value_weights * (1 + has_copy)
             needs[action.name] = round(size * (model.num_weights(layer) + has_copy * key_value_weights) + finer)
         return needs
 

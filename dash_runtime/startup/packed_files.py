@@ -26,7 +26,7 @@ from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.progress import Progress, told
 from dash_runtime.startup.process_memory import give_back_memory
 
-_VERSION = 3
+_VERSION = 4
 """Raised when what is packed has another layout."""
 _POPULATE_READ = 22
 """MADV_POPULATE_READ, since Linux 5.14: reads a map's pages now, and not at the first token."""

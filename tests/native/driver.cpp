@@ -25,14 +25,21 @@ float weight_of(const Matrix &matrix, int64_t output, int64_t input) {
                             (word(2) >> (8 * (place % 4) + place / 4) & 1) << 2
                       : (word(place / in_word) ^ 0x80000000u) >> place % in_word * bits & ((1u << bits) - 1);
   if (layout == kInt8) return (static_cast<float>(value) - 128) * matrix.scales[output];
+  const auto *further = static_cast<const uint32_t *>(matrix.further);
+  const uint32_t lower =
+      layout == kRefined ? further[(tile * matrix.num_inputs / kGroup + group) * 4 * kLanes + place / 8 * kLanes + lane] >>
+                                   place % 8 * 4 &
+                               15
+                         : 0;
+  const auto whole = static_cast<float>(layout == kRefined ? value * kFinerSteps + lower : value);
   const uint32_t grid = lines[grids_line(layout, group) * kLanes + lane] >> 16 * (group % 2) & 0xFFFF;
-  const float offset = (static_cast<float>(grid >> kScaleBits) - kLeastOffset) / kOffsetsInStep;
-  return (static_cast<float>(value) - static_cast<float>(1 << (bits - 1)) + offset) * static_cast<float>(grid & ((1 << kScaleBits) - 1)) * matrix.scales[output];
+  const float offset = (static_cast<float>(grid >> kScaleBits) - kLeastOffset) / offsets_in_step(layout);
+  return (whole - static_cast<float>(middle_of(layout)) + offset) * static_cast<float>(grid & ((1 << kScaleBits) - 1)) * matrix.scales[output];
 }
 
 void products_are_those_of_the_weights_that_words_stand_for() {
   Kept kept;
-  for (const Layout layout : {kFull, kInt8, kInt4, kInt3})
+  for (const Layout layout : {kFull, kInt8, kInt4, kInt3, kRefined})
     for (const int64_t block_tiles : {1, 4})
       for (const int64_t num_rows : {1, 3, 7, 17, 33}) {
         const int64_t num_outputs = 128, num_inputs = 96;

@@ -51,11 +51,14 @@ struct Kept {
     const int64_t tiles = num_outputs / kLanes;
     const float *scales = floats(num_outputs, layout == kInt8 ? 2e-3f : 2e-4f);
     if (layout == kFull)
-      return {halves(num_outputs * num_inputs, 0.3f), nullptr, layout, num_inputs, block_tiles, tiles};
+      return {halves(num_outputs * num_inputs, 0.3f), nullptr, nullptr, layout, num_inputs, block_tiles, tiles};
     const int64_t count = tiles * lines_before(layout, num_inputs / kGroup) * kLanes;
     auto *words = take<uint32_t>(count);
     for (int64_t place = 0; place < count; ++place) words[place] = generator()();
-    return {words, scales, layout, num_inputs, 1, tiles};
+    const int64_t num_further = layout == kRefined ? num_outputs * num_inputs / 8 : 0;
+    auto *further = take<uint32_t>(num_further);
+    for (int64_t place = 0; place < num_further; ++place) further[place] = generator()();
+    return {words, further, scales, layout, num_inputs, 1, tiles};
   }
 
   ~Kept() {
@@ -66,7 +69,7 @@ struct Kept {
 constexpr int64_t kNumLayers = 3, kHidden = 64, kInner = 96, kHeadDim = 32, kVocabulary = 272, kPositions = 144;
 constexpr int64_t kNumExperts = 6, kExpertSize = 32;
 constexpr int64_t kRank = 32, kWidth = 96, kNumFacts = kNumActions + 2;
-constexpr Layout kLayouts[] = {kFull, kInt3, kInt4, kInt8, kFull};  // by action, from SKIP on, which has none
+constexpr Layout kLayouts[] = {kFull, kInt3, kInt4, kRefined, kFull};  // by action, from SKIP on, which has none
 
 enum HeadKind { kPlain, kRough, kNarrow, kBounded, kNumHeads };
 
@@ -99,7 +102,7 @@ struct Model {
       if (layer == 2) own.query_norm = kept.floats(query, 0.2f, 1), own.key_norm = kept.floats(fused - query, 0.2f, 1);
       for (int64_t action = kInt3Action; action <= kFullAction; ++action) {
         const Layout layout = kLayouts[action - 1];
-        // In INT4 keys and values have words of their own.
+        // In rounded layers keys and values have words of their own.
         const bool is_split = has_grids(layout);
         Matrix *matrices = own.matrices[action - 1];
         matrices[kQueryKeyValue] = kept.matrix(layout, is_split ? query : fused, kHidden, layer == 1 ? 4 : 1);

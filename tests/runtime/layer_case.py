@@ -12,7 +12,13 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.decoder.backends.native import why_eager
 from dash_runtime.decoder.backends.native_compensation import pack_for_rows
-from dash_runtime.decoder.backends.packed_model import layer_vectors, native_matrices, pack_router, packed_matrices
+from dash_runtime.decoder.backends.packed_model import (
+    layer_vectors,
+    native_matrices,
+    pack_router,
+    packed_matrices,
+    refined,
+)
 from dash_runtime.layers.attention import attention
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import BLOCK_TOKENS, rounded_block_bytes
@@ -21,7 +27,7 @@ from dash_runtime.layers.mlp import Mixture
 from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear, Linear
-from dash_runtime.linears.quantization import quantized_parts
+from dash_runtime.linears.quantization import quantized_parts, refined_linear
 from dash_runtime.model_config import BlockConfig
 from dash_runtime.native.model import NativeModel, PackedLayer
 from dash_runtime.native.pass_rows import RowsOfPass, RowSpan
@@ -75,7 +81,9 @@ class Case:
         action, weights = action_of(kernel), in_bfloat16(self.weights, kernel)
         matrices = native_matrices(weights)
         inputs = [own.weight.shape[1] for own in matrices]
-        packed = list(zip(packed_matrices(action, matrices), [*inputs, inputs[0]], strict=False))
+        by_action = packed_matrices([action, Action.INT4], matrices)
+        own = refined(by_action[Action.INT4], by_action[action]) if action is Action.INT8 else by_action[action]
+        packed = list(zip(own, [*inputs, inputs[0]], strict=False))
         router = pack_router(weights.mlp.router) if isinstance(weights.mlp, Mixture) else None
         rows.set_layer(LAYER, PackedLayer(layer_vectors(self.weights), {action: packed}, router))
         return rows
@@ -194,6 +202,8 @@ def rounded_linears(weights: LayerWeights, kernel: str) -> Linears[Linear]:
     action = action_of(kernel)
 
     def convert(own: FullLinear) -> Linear:
+        if action is Action.INT8:
+            return refined_linear(own)
         parts = [(action, own)] if action is Action.FULL else quantized_parts(action, own)
         return FullLinear(torch.cat([rounded(precision, part.weight) for precision, part in parts]), own.bias)
 

@@ -16,7 +16,7 @@ from dash_runtime.native.structs import MatrixStruct
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("words 0 scales 8", "scales 0 words 8", "Matrix.words is 0 in structs.py and 8 in native code"),
+        ("words 0 further 8", "further 0 words 8", "Matrix.words is 0 in structs.py and 8 in native code"),
         (" top_k 32", "", "Draw.top_k is 32 in structs.py and None in native code"),
         ("filled 64", "filled 64 more 72", "Span.more is None in structs.py and 72 in native code"),
         ("Rotary 16", "Rotary 24", "Rotary has 16 bytes in structs.py and 24 in native code"),
@@ -49,4 +49,4 @@ def test_code_with_other_structures_is_compiled_again_and_then_runs_nothing(
     said: list[str] = []
     assert load_native_code(tmp_path, said.append) is None
     assert compiled == [kept]
-    assert said[-1] == "layers run eagerly: Matrix.scales is 0 in structs.py and 8 in native code"
+    assert said[-1] == "layers run eagerly: Matrix.further is 0 in structs.py and 8 in native code"

@@ -20,13 +20,15 @@ from dash_runtime.layers.shortlist import loudest_channels
 from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.linears.grouped_matrix import LANES
-from dash_runtime.linears.quantization import quantized_parts, rounded_linear
+from dash_runtime.linears.quantization import quantized_parts, refined_linear, rounded_linear
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.native.matrix import (
     NativeMatrix,
+    RefinedNativeMatrix,
     int8_errors,
     matrix_of,
     named_tensors,
+    pack_int4_and_further,
     pack_native_matrix,
     pack_outputs,
     pack_rough_matrix,
@@ -45,10 +47,11 @@ class Part(StrEnum):
 
     ENDS = "ends"
     """The embedding, all vectors, and the head in INT8, from which the one in INT4 takes its likeliest tokens."""
-    FULL = "full"
-    INT8 = "int8"
-    INT4 = "int4"
     INT3 = "int3"
+    INT4 = "int4"
+    INT8 = "int8"
+    """What layers in INT8 have beside INT4."""
+    FULL = "full"
     NARROW = "narrow"
     """A narrow head, for the map of a policy."""
 
@@ -60,7 +63,10 @@ class Part(StrEnum):
 
 def parts_of(actions: Sequence[Action], head_map: HeadMap | None) -> list[Part]:
     """Returns the parts that native code needs for some actions."""
-    own = [Part.ENDS, *(Part.of(action) for action in actions if action is not Action.SKIP)]
+    wanted = {Part.of(action) for action in actions if action is not Action.SKIP}
+    if Part.INT8 in wanted:
+        wanted.add(Part.INT4)
+    own = [part for part in Part if part is Part.ENDS or part in wanted]
     return own if head_map is None else [*own, Part.NARROW]
 
 
@@ -109,12 +115,17 @@ class PackedModel:
         vectors = {name: self._tensors.get(f"{prefix}{name}") for name in _VECTORS}
         inputs = [own[1] for own in self._config.matrices(index)]
         inputs.append(inputs[0])  # of keys and values, where they are apart
+
+        def matrices_of(action: Action) -> list[NativeMatrix]:
+            own = (matrix_of(f"{prefix}{place}.{action.name}", self._tensors) for place in range(len(inputs)))
+            return [matrix for matrix in own if matrix is not None]
+
         matrices: dict[Action, list[tuple[NativeMatrix, int]]] = {}
         for action in actions:
-            own = [
-                (matrix_of(f"{prefix}{place}.{action.name}", self._tensors), size) for place, size in enumerate(inputs)
-            ]
-            matrices[action] = [(matrix, size) for matrix, size in own if matrix is not None]
+            found = matrices_of(action)
+            if action is Action.INT8:
+                found = refined(matrices_of(Action.INT4), found)
+            matrices[action] = list(zip(found, inputs, strict=False))
         router = matrix_of(f"{prefix}router", self._tensors)
         return PackedLayer({name: own for name, own in vectors.items() if own is not None}, matrices, router)
 
@@ -131,14 +142,14 @@ def pack_by_layer(loader: WeightLoader, takers: Mapping[Part, Take], head_map: H
         head_map: that of the narrow head; needed for it only.
     """
     actions = [action for action in Action if action is not Action.SKIP and Part.of(action) in takers]
-    squares = {action: torch.zeros(2) for action in actions}
+    squares: dict[Action, Tensor] = {action: torch.zeros(2) for action in actions}
     ends = takers.get(Part.ENDS)
     for index in range(loader.config.num_layers):
         weights = loader.layer(index)
         matrices = native_matrices(weights.linears)
         with one_thread():  # many small operations, for which threads beside a busy process wait for seconds
-            for action in actions:
-                for place, matrix in enumerate(packed_matrices(action, matrices)):
+            for action, packed in packed_matrices(actions, matrices).items():
+                for place, matrix in enumerate(packed):
                     _take(takers[Part.of(action)], f"layers.{index}.{place}.{action.name}", matrix)
                 for full in matrices if action is not Action.FULL else ():
                     squares[action] += _squares_of_some(action, full)
@@ -185,14 +196,36 @@ def pack_narrow_head(take: Take, weight: Tensor, loudest: Tensor, head_map: Head
     take("mean_row", matrices.mean)
 
 
-def packed_matrices(action: Action, matrices: Sequence[FullLinear]) -> list[NativeMatrix]:
-    """Packs a layer's `native_matrices` for `PackedLayer`."""
+def packed_matrices(
+    actions: Sequence[Action], matrices: Sequence[FullLinear]
+) -> Mapping[Action, Sequence[NativeMatrix]]:
+    """Packs a layer's `native_matrices` for `PackedLayer`; of INT8 what `refined` takes beside INT4."""
+    packed: dict[Action, Sequence[NativeMatrix]] = {}
+    if Action.INT8 in actions:
+        parts, keys = _parts(Action.INT4, matrices)
+        coarse, further = zip(*map(pack_int4_and_further, parts), strict=True)
+        packed[Action.INT8] = further
+        if Action.INT4 in actions:
+            packed[Action.INT4] = [*coarse, *keys]
+    for action in set(actions) - set(packed):
+        parts, keys = _parts(action, matrices)
+        packed[action] = [*(pack_native_matrix(action, own) for own in parts), *keys]
+    return packed
+
+
+def _parts(action: Action, matrices: Sequence[FullLinear]) -> tuple[Sequence[FullLinear], list[NativeMatrix]]:
+    """Returns what runs in an action, and packs keys and values if they are finer."""
     if action is Action.FULL:
-        return [pack_native_matrix(action, own) for own in matrices]
+        return matrices, []
     first, *others = matrices
-    queries, *key_values = quantized_parts(action, first)
-    parts = [queries, *((action, own) for own in others), *key_values]
-    return [pack_native_matrix(precision, own) for precision, own in parts]
+    (_, queries), *finer = quantized_parts(action, first)
+    return [queries, *others], [pack_native_matrix(precision, own) for precision, own in finer]
+
+
+def refined(coarse: Sequence[NativeMatrix], further: Sequence[NativeMatrix]) -> list[NativeMatrix]:
+    """Returns a layer's matrices in INT8. What is finer in INT4 anyhow stays as it is there."""
+    pairs = zip(coarse, further, strict=False)
+    return [*(RefinedNativeMatrix.of(*own) for own in pairs), *coarse[len(further) :]]
 
 
 def native_matrices(weights: Linears[FullLinear]) -> Sequence[FullLinear]:
@@ -221,7 +254,8 @@ def layer_vectors(weights: LayerWeights) -> dict[str, Tensor]:
 def _squares_of_some(action: Action, full: FullLinear) -> Tensor:
     """Returns the squares of what an action changes of some of a matrix's weights, and of these, float32 `[2]`."""
     some = full.outputs(0, _NUM_COMPARED)
-    own, rounded = some.weight.float(), rounded_linear(action, some).weight.float()
+    rounded_some = refined_linear(some) if action is Action.INT8 else rounded_linear(action, some)
+    own, rounded = some.weight.float(), rounded_some.weight.float()
     return torch.stack(((rounded - own).square().sum(), own.square().sum()))
 
 
