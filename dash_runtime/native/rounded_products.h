@@ -96,7 +96,7 @@ inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, co
     }
     Floats sums[kRows][kTiles];
     const GroupWords<kLayout, kIsUnpacked> own_group{own_words, tile_stride, further_stride,
-                                                     unpacked + (group - groups.first)};
+                                                     kIsUnpacked ? unpacked + (group - groups.first) : nullptr};
     add_group<kLayout, kIsUnpacked, kRows, kTiles>(own_group, values, inputs.row_stride, sums);
 #pragma GCC unroll 4
     for (int own = 0; own < kTiles; ++own) {

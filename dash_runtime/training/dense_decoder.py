@@ -1,8 +1,9 @@
 """The frozen model for whole batches of text: plain differentiable operations, with rounded matrices as dense ones.
 
 It computes what the serving decoder computes (a test holds the two together), with a gradient, and faster: its rounded
-matrices need no unpacking. INT8 is rounded by output as in eager layers, for native code's takes longer to make. Used to learn; whatever is reported ran in the serving decoder. Knows weights and actions;
-knows no policy, no prices and no optimiser.
+matrices need no unpacking. INT8 has a scale for each output, as in eager layers: native code's takes longer to make.
+Used to learn; whatever is reported ran in the serving decoder. Knows weights and actions; knows no policy, no prices
+and no optimiser.
 """
 
 from collections.abc import Callable, Mapping, Sequence
