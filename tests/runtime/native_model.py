@@ -85,9 +85,10 @@ def divergence(expected: Tensor, logits: Tensor) -> float:
 
 
 def assert_same_cache(own: SequenceCache, expected: SequenceCache) -> None:
-    """Asserts that keys and values agree within the rounding of bf16, and of inputs to bytes where they are that."""
+    """Asserts that keys and values agree within the rounding of bf16, of inputs to bytes where they are that, and of
+    INT8, which has a scale for each output in one and is refined from INT4 in the other."""
     assert own.length == expected.length
     for mine, theirs in ((own.keys, expected.keys), (own.values, expected.values)):
         for my_layer, their_layer in zip(mine, theirs, strict=True):
             written, others = my_layer[: own.length], their_layer[: own.length]
-            torch.testing.assert_close(written, others, rtol=0.1, atol=0.1 * float(others.abs().amax()))
+            torch.testing.assert_close(written, others, rtol=0.15, atol=0.15 * float(others.abs().amax()))
