@@ -7,7 +7,7 @@ import torch
 from dash_runtime.actions import Action
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES
 from dash_runtime.linears.grouped_matrix import GROUP_SIZE, LANES
-from dash_runtime.linears.quantization import bytes_per_weight
+from dash_runtime.linears.quantization import bytes_per_weight, layer_bytes_per_weight
 from dash_runtime.model_config import ModelConfig
 
 _MEGABYTES = 256
@@ -40,7 +40,7 @@ def weight_bytes(model: ModelConfig, plan: bytes, head: Action) -> float:
 
 def layer_bytes(model: ModelConfig, layer: int, action: Action, *, is_native: bool = True) -> float:
     """Returns the bytes of the layer's matrices that a row reads; leaves out what `weight_bytes` does."""
-    return model.num_weights_read(layer) * bytes_per_weight(action, torch.bfloat16, is_native=is_native)
+    return model.num_weights_read(layer) * layer_bytes_per_weight(action, torch.bfloat16, is_native=is_native)
 
 
 def key_value_bytes(model: ModelConfig, action: Action, *, is_native: bool = True) -> float:

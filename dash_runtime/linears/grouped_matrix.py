@@ -98,8 +98,8 @@ class RefinedMatrix:
 
     def dequantized(self) -> Tensor:
         """Returns the float32 matrix `[out, in]`."""
-        steps = (self.further.float() - FURTHER_MIDDLE) / FINER_STEPS
-        return self.coarse.dequantized() + _by_group(steps, self.coarse.grids()[0])
+        steps = (self.further.float() - FURTHER_MIDDLE).div_(FINER_STEPS).unflatten(1, (-1, GROUP_SIZE))
+        return steps.mul_(self.coarse.grids()[0].unsqueeze(-1)).flatten(1).add_(self.coarse.dequantized())
 
 
 def refine(weight: Tensor, coarse: GroupedMatrix) -> RefinedMatrix:
@@ -108,10 +108,6 @@ def refine(weight: Tensor, coarse: GroupedMatrix) -> RefinedMatrix:
     left = (weight.float() - coarse.dequantized()).unflatten(1, (-1, GROUP_SIZE))
     steps = left.div_(coarse.grids()[0].unsqueeze(-1)).mul_(FINER_STEPS).add_(FURTHER_MIDDLE)
     return RefinedMatrix(coarse, steps.round_().clamp_(0, 2 * FURTHER_MIDDLE - 1).to(torch.uint8).flatten(1))
-
-
-def _by_group(values: Tensor, scales: Tensor) -> Tensor:
-    return (values.unflatten(1, (-1, GROUP_SIZE)) * scales.unsqueeze(-1)).flatten(1)
 
 
 Rounding = Mapping[Action, Mapping[Place, GroupedMatrix]]

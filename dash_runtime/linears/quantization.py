@@ -31,7 +31,7 @@ INT8_INPUT_MULTIPLE = 16
 BITS = {Action.INT3: 3, Action.INT4: 4}
 """Bits of a weight, by actions whose matrices are in groups."""
 BYTES_BESIDE_INT4 = 0.5
-"""What a weight of a layer in INT8 takes in native code, where it shares the one in INT4."""
+"""Bytes of a weight of a layer in INT8 in native code, which shares the one in INT4."""
 _KERNEL_BITS = 4
 _MANY_ROWS = 32
 """From so many rows on, the CPU unpacks a whole matrix in less time than its kernels take, which do so for every few
@@ -126,7 +126,7 @@ def _biased(outputs: Tensor, bias: Tensor | None) -> Tensor:
 
 def bytes_per_weight(action: Action, dtype: torch.dtype, *, is_native: bool) -> float:
     """Returns the bytes that a weight takes in an action's matrices of `dtype`, its share of a group's grid included.
-    INT8's are those of a head; see `BYTES_BESIDE_INT4`.
+    In INT8 a layer of native code has others (`layer_bytes_per_weight`).
 
     Args:
         is_native: whether the matrices are packed for native code; else for torch's kernels, whose grids are wider.
@@ -135,6 +135,13 @@ def bytes_per_weight(action: Action, dtype: torch.dtype, *, is_native: bool) -> 
         grid = (SCALE_BITS + OFFSET_BITS) / 8 if is_native else 2 * dtype.itemsize
         return BITS[action] / 8 + grid / GROUP_SIZE
     return {Action.SKIP: 0.0, Action.INT8: 1.0, Action.FULL: float(dtype.itemsize)}[action]
+
+
+def layer_bytes_per_weight(action: Action, dtype: torch.dtype, *, is_native: bool) -> float:
+    """Returns the bytes of each of a layer's weights that a row reads; see `bytes_per_weight`."""
+    if is_native and action is Action.INT8:
+        return BYTES_BESIDE_INT4 + bytes_per_weight(Action.INT4, dtype, is_native=True)
+    return bytes_per_weight(action, dtype, is_native=is_native)
 
 
 def make_linear(action: Action, full: FullLinear, trials: KeptTrials = NO_TRIALS) -> Linear:

@@ -14,7 +14,7 @@ constexpr int64_t kManyRows = 8;
 
 // Rows, and in FULL tiles of them, whose sums the registers hold: `kSumsAtOnce` are rows times tiles. Bytes of many
 // rows are multiplied by `kTilesOfBytes` tiles at once, so that an input is read once for them; INT3 takes more
-// registers.
+// registers, and refined weights lie in two places each.
 #ifdef __AVX512F__
 constexpr int kMostRows = 8, kPairsAtOnce = 1;
 #else

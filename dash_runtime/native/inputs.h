@@ -9,10 +9,10 @@ constexpr int kGroupFloats = kGroup / sizeof(float);  // as bytes
 constexpr int kFours = kGroup / 4;                    // words of a group with a byte for each weight
 
 // In INT4 a weight is (value − 8 + offset / offsets_in_step) * scale, with what is added to the offset for want of a
-// sign; in INT3 4 in place of 8. Refined, a step of INT4 is `kFinerSteps`, and 8 further values lie around each.
+// sign; in INT3 4 in place of 8. Refined, a step of INT4 is `kFinerSteps`, and the lower bits say `kFurtherMiddle` for none.
 constexpr float kLeastOffset = 256;
 constexpr int kScaleBits = 7, kOffsetBits = 9;  // of a group's grid
-constexpr int kFinerSteps = 8;
+constexpr int kFinerSteps = 8, kFurtherMiddle = 8;
 
 // Refined is INT8 whose upper bits are an INT4 matrix.
 enum Layout : int64_t { kFull, kInt8, kInt4, kInt3, kRefined };
@@ -33,7 +33,8 @@ constexpr int bits_of(Layout layout) { return layout == kInt8 ? 8 : layout == kI
 constexpr bool has_grids(Layout layout) { return layout != kFull && layout != kInt8; }
 // The value in the middle of a weight's range, and the steps of a grid's offset in a step of values.
 constexpr int middle_of(Layout layout) {
-  return layout == kRefined ? (1 << 3) * kFinerSteps + 8 : 1 << (bits_of(layout) - 1);
+  const int middle = 1 << (bits_of(layout) - 1);
+  return layout == kRefined ? middle * kFinerSteps + kFurtherMiddle : middle;
 }
 constexpr float offsets_in_step(Layout layout) { return layout == kRefined ? 32.0f / kFinerSteps : 32.0f; }
 
@@ -46,9 +47,10 @@ constexpr int64_t lines_before(Layout layout, int64_t group) {
 constexpr int64_t weights_line(Layout layout, int64_t group) {
   return group * bits_of(layout) + (has_grids(layout) ? group / 2 + 1 : 0);
 }
-// The lines of its lower bits before a group.
-constexpr int64_t further_lines(Layout layout, int64_t group) { return layout == kRefined ? group * 4 : 0; }
 constexpr int64_t grids_line(Layout layout, int64_t group) { return group / 2 * (2 * bits_of(layout) + 1); }
+
+// The lines of a tile's lower bits before a group.
+constexpr int64_t further_lines(Layout layout, int64_t group) { return layout == kRefined ? group * 4 : 0; }
 
 // A group's scales and offsets for a tile, as numbers.
 struct Grid {

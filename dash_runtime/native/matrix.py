@@ -173,8 +173,8 @@ class Int3NativeMatrix(GroupedNativeMatrix):
 
 @dataclass(frozen=True, slots=True)
 class FurtherBits(NativeMatrix):
-    """What a matrix in INT8 has beside the one in INT4: four bits of each weight, int32 `[tiles, groups, 4, 16]` in the
-    order of that one's words; and units of its steps, `[out_features]`."""
+    """Four bits of each weight that a matrix in INT8 has beside INT4, int32 `[tiles, groups, 4, 16]` in the order of
+    the words there; and units of its steps, `[out_features]`."""
 
     further: Tensor
     units: Tensor

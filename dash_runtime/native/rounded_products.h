@@ -77,7 +77,6 @@ inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, co
   const int64_t num_groups = Groups::all(matrix).last, tile_stride = lines_before(kLayout, num_groups) * kLanes;
   const int64_t further_stride = further_lines(kLayout, num_groups) * kLanes;
   const TileWords words = TileWords::of<kLayout>(matrix, tile);
-  TileWords own_words = words.from<kLayout>(groups.first);
   const Inputs own_inputs = inputs.from_group(groups.first);
   const float *values = own_inputs.values;
   const Facts *facts = own_inputs.facts;
@@ -87,7 +86,7 @@ inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, co
     for (int row = 0; row < kRows; ++row)
       for (int own = 0; own < kTiles; ++own) total[row][own] = load<Floats>(outputs + row * stride + own * kLanes);
   for (int64_t group = groups.first; group < groups.last; ++group) {
-    own_words.words = words.words + weights_line(kLayout, group) * kLanes;
+    const TileWords own_words = words.from<kLayout>(group);
     if constexpr (kTiles > 1) {
       own_ahead.fetch(kTiles);
     } else if constexpr (!kIsUnpacked) {
@@ -104,7 +103,6 @@ inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, co
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) add_sum<kLayout>(sums[row][own], facts[row], grid, total[row][own]);
     }
-    own_words.further += further_lines(kLayout, 1) * kLanes;
     values += inputs.group_stride, facts += inputs.facts_stride;
   }
   ahead = own_ahead;

@@ -10,7 +10,7 @@ import torch
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.engine.cost_fit import CostSpread, MeasuredCosts
-from dash_runtime.linears.quantization import bytes_per_weight
+from dash_runtime.linears.quantization import bytes_per_weight, layer_bytes_per_weight
 from dash_runtime.model_config import ModelConfig
 
 _FIXED_SHARE = 0.01
@@ -29,7 +29,11 @@ def estimated_costs(
 
     num_layers, head_weights = model.num_layers, model.vocab_size * model.hidden_size
     weights = sum(map(model.num_weights_read, range(num_layers))) / num_layers
-    layer: dict[Action, float] = {action: bytes_of(action) * weights for action in actions if action is not Action.SKIP}
+    layer: dict[Action, float] = {
+        action: layer_bytes_per_weight(action, torch.bfloat16, is_native=True) * weights
+        for action in actions
+        if action is not Action.SKIP
+    }
     if Action.SKIP in actions:
         layer[Action.SKIP] = min(layer.values()) * model.key_value_size * model.hidden_size / weights
     head = {own: head_weights * bytes_of(Action.INT4 if own is Action.SKIP else own) for own in heads}

@@ -24,11 +24,12 @@ def tell_needs(model: str, cache_folder: Path, config: EngineConfig, progress: P
     needs = model_bytes(own, tuple(Action), torch.bfloat16, context, config, (), device)
     num_weights = sum(map(own.num_weights, range(own.num_layers))) + own.vocab_size * own.hidden_size
     parts = {action: needs.weights_in(action.name) for action in (Action.FULL, Action.INT8, Action.INT4)}
+    disk = sum(parts.values())
+    parts[Action.INT8] += parts[Action.INT4]  # which its layers share
     listed = ", ".join(f"{size / 1e9:.1f} GB in {action.name}" for action, size in parts.items())
     free = device.free_bytes()
     memory = "" if free is None else f" of {free / 1e9:.1f} GB that are free"
     progress(f"{own.name}: {num_weights / 1e9:.2f} billion weights take {listed}{memory}")
-    disk = sum(parts.values())
     existing = next(folder for folder in (cache_folder, *cache_folder.parents) if folder.exists())
     left = shutil.disk_usage(existing).free
     progress(f"{own.name}: up to {disk / 1e9:.1f} GB of {left / 1e9:.1f} GB that are free in {cache_folder}")

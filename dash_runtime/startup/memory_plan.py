@@ -13,7 +13,7 @@ from dash_runtime.config import EngineConfig
 from dash_runtime.devices import Device, device_of
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.kv_cache import BLOCK_TOKENS, pool_tokens, rounded_block_bytes
-from dash_runtime.linears.quantization import BITS, BYTES_BESIDE_INT4, bytes_per_weight
+from dash_runtime.linears.quantization import BITS, BYTES_BESIDE_INT4, bytes_per_weight, layer_bytes_per_weight
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.learned import LearnedPolicy, shared_head_map
 from dash_runtime.policy.network import PolicyNetwork
@@ -48,11 +48,10 @@ def model_bytes(
     form = partial(bytes_per_weight, dtype=dtype, is_native=has_all)
     per_weight = {action: form(action) for action in actions if action is not Action.SKIP}
     # INT4 and INT3 may leave keys and values in INT8.
-    in_layers, of_keys = dict(per_weight), dict(per_weight) | dict.fromkeys(BITS, form(Action.INT8))
-    if has_all and Action.INT8 in per_weight:  # which has INT4's matrices, keys and values among them
-        has_int4 = Action.INT4 in per_weight
-        in_layers[Action.INT8] = BYTES_BESIDE_INT4 + (0 if has_int4 else form(Action.INT4))
-        of_keys[Action.INT8] = 0 if has_int4 else form(Action.INT8)
+    in_layers = {action: layer_bytes_per_weight(action, dtype, is_native=has_all) for action in per_weight}
+    of_keys = dict(per_weight) | dict.fromkeys(BITS, form(Action.INT8))
+    if has_all and {Action.INT8, Action.INT4} <= set(per_weight):  # keys and values are shared whole
+        in_layers[Action.INT8], of_keys[Action.INT8] = BYTES_BESIDE_INT4, 0
     quantised = [action for action in per_weight if action is not Action.FULL]
     key_value_weights = 2 * model.num_kv_heads * model.head_dim * model.hidden_size
     pool = pool_tokens(config.cache_tokens, config.num_slots)

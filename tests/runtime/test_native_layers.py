@@ -16,7 +16,14 @@ from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.narrow_head import HeadMap
 from dash_runtime.native.library import NativeLibrary
 from dash_runtime.passes import PassPlan, PassResult
-from tests.runtime.native_model import MAX_DIVERGENCE, SIZES, assert_same_cache, divergence, native_decoder
+from tests.runtime.native_model import (
+    MAX_DIVERGENCE,
+    SIZES,
+    assert_same_cache,
+    divergence,
+    eager_decoder,
+    native_decoder,
+)
 from tests.runtime.support import (
     ALL_ACTIONS,
     full_plan,
@@ -51,7 +58,7 @@ def decoders(
 ) -> Decoders:
     folder = tmp_path_factory.mktemp("compiled") / request.param
     save_tiny_model(folder, request.param, **SIZES | OVERRIDES.get(request.param, {}))
-    return Decoders(native_decoder(folder, native_library), load_decoder(folder, torch.bfloat16))
+    return Decoders(native_decoder(folder, native_library), eager_decoder(folder))
 
 
 def prefilled(decoder: Decoder, prompt: Sequence[int]) -> SequenceCache:

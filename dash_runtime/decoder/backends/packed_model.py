@@ -50,7 +50,7 @@ class Part(StrEnum):
     INT3 = "int3"
     INT4 = "int4"
     INT8 = "int8"
-    """What layers in INT8 have beside INT4."""
+    """The further bits that layers in INT8 have beside INT4."""
     FULL = "full"
     NARROW = "narrow"
     """A narrow head, for the map of a policy."""
@@ -207,7 +207,7 @@ def packed_matrices(
         packed[Action.INT8] = further
         if Action.INT4 in actions:
             packed[Action.INT4] = [*coarse, *keys]
-    for action in set(actions) - set(packed):
+    for action in [own for own in actions if own not in packed]:
         parts, keys = _parts(action, matrices)
         packed[action] = [*(pack_native_matrix(action, own) for own in parts), *keys]
     return packed
