@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -12,18 +14,19 @@ from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SamplingP
 from dash_runtime.config import StoppingParameters as Stopping
 from dash_runtime.decision_trace import unpack_uint32
 from dash_runtime.decoder.backends.native import NativeBackend
+from dash_runtime.engine.bursts import MOST_IN_BURST, Bursts
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError
 from dash_runtime.events import EndReason, EngineEvent, SequenceFinished, TokenProduced
 from dash_runtime.layers.batch import PassKind
+from dash_runtime.passes import Limit
 from dash_runtime.startup.build import BuildOptions, build_engine
 from tests.runtime.native_model import NUM_THREADS, SmallModel, save_small_model
 from tests.runtime.random_policy import NAME
 from tests.runtime.support import drain, finished, tokens
 
-# A burst has as many tokens as take some milliseconds, and beside other tests one may take that long.
-pytestmark = pytest.mark.alone
-
+MANY_SECONDS = 3600.0
+"""No stall of the machine makes a burst shorter."""
 NUM_TOKENS = 90
 PROMPT = list(range(1, 20))
 DRAWN = SamplingParameters(temperature=1.0, top_p=0.9, seed=4)
@@ -60,7 +63,10 @@ def engine_of(model: SmallModel, **options: float) -> Engine:
     )
     # A guess of prompt lookup that is right gives several tokens too, and a random model may repeat itself.
     config = EngineConfig(num_slots=2, cache_tokens=1024, prompt_lookup=False, **options)  # type: ignore[arg-type]
-    return build_engine(model.folder, model.cache_folder, own, config, lambda _: None)
+    engine = build_engine(model.folder, model.cache_folder, own, config, lambda _: None)
+    if config.burst_milliseconds:
+        engine.bursts = Bursts(engine._decoder, MANY_SECONDS)
+    return engine
 
 
 def may_burst(engine: Engine, mode: str) -> bool:
@@ -248,6 +254,26 @@ def test_steps_of_bursts_are_recorded_like_others(model: SmallModel, mode: str) 
         times = [time for pair in zip(starts, ends, strict=True) for time in pair]
         assert times == sorted(times)
         assert 0 < times[-1] <= step.duration_ns
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "num_left", "asked"),
+    [(1, 90, [20]), (1, 5, [5]), (0.1, 90, [MOST_IN_BURST]), (10, 90, [2]), (11, 90, []), (1, 1, [])],
+)
+def test_a_burst_has_as_many_tokens_as_its_time_holds(milliseconds: float, num_left: int, asked: list[int]) -> None:
+    """Of those left, going by the time that the last one took."""
+    counts: list[int] = []
+
+    def run(plan: object, token_ids: object, batch: object, limit: Limit) -> None:
+        counts.append(limit.count)
+
+    rows = SimpleNamespace(may_burst=True, token_seconds=milliseconds / 1e3, plan=None, batch=None)
+    sampler = SimpleNamespace(is_plain_draw=False)
+    sequence = SimpleNamespace(
+        num_tokens_left=num_left, guesses=None, sampler=sampler, last_token_id=1, end_token_ids=()
+    )
+    assert Bursts(cast(Any, SimpleNamespace(run=run)), 0.020001).decode(cast(Any, rows), cast(Any, sequence)) is None
+    assert counts == asked
 
 
 def test_no_milliseconds_mean_no_bursts(model: SmallModel) -> None:
