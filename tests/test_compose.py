@@ -21,10 +21,12 @@ PINNED = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?")
 
 
 def compose_command() -> list[str] | None:
-    """Compose version 2, which needs no engine to read its files."""
-    for command in (["docker-compose"], ["docker", "compose"]):
-        if shutil.which(command[0]) and subprocess.run([*command, "version"], capture_output=True).returncode == 0:
-            return command
+    """Compose version 2, which needs no engine to read its files. Version 1 knows neither all of them nor JSON."""
+    for command in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(command[0]):
+            version = subprocess.run([*command, "version", "--short"], capture_output=True, text=True)
+            if version.returncode == 0 and not version.stdout.startswith("1."):
+                return command
     return None
 
 
